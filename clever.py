@@ -1,0 +1,1338 @@
+"""CLeVER: Contrastive Learning Via Equivariant Representation (Song et al., arXiv 2406.00262), in one file.
+
+    torchrun clever.py                                                            the demo: no data, no download
+    torchrun --nproc-per-node gpu clever.py --data IMAGENET100 --out runs/in100   the paper's recipe
+    torchrun clever.py --data cifar10 --method dino --aug baug                    the baseline, on torchvision's CIFAR-10
+    python clever.py --data IMAGENET100 --profile 30                              where does a step's time go?
+    python clever.py --out runs/in100 --resume                                    go on where a run stopped
+
+A view v = t(I) of an image I under a random augmentation t passes the backbone: z = f(v). The representation is split,
+z = (z_IR, z_EF): views of one image shall agree in the invariant representation (IR) and differ in the equivariant factor
+(EF). A student learns by gradient from a teacher, its moving average (DINO, arXiv 2104.14294). DINO is ratio = 1: no EF.
+
+Read from the top: 1 configuration, 2 augmentation, 3 backbones, 4 split and heads, 5 losses, 6 collapse metrics,
+7 data, 8 one training step, 9 what was learnt, 10 the loop, 11 the command line. Symbols in comments: B images,
+V views of each (G of them global), D features, K prototypes, S side of a stored image, N tokens or samples.
+"""
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import inspect
+import json
+import math
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections import OrderedDict
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageOps
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import stochastic_depth
+from tqdm import tqdm
+
+# ==================================================================================================================== #
+#  1. Configuration: the defaults are the paper's recipe; RECIPES says what smaller data changes                       #
+# ==================================================================================================================== #
+
+
+@dataclass
+class Config:
+    """Every option: a typed field, its default and its help. The command line is made from it (`--local-views 8`)."""
+    data: str = "patterns"            # patterns, cifar10, cifar100, or a folder with train/<class>/* and val/<class>/*
+    out: str = ""                     # folder of the run; empty: the first free runs/<data>-<method>-<aug>-<n>
+    recipe: str = "auto"              # defaults of all other options: auto (by --data), patterns, cifar or paper
+    method: str = "clever"            # clever or dino (the same code without the split)
+    arch: str = "vit_tiny"            # backbone: vit_micro/tiny/small/base, resnet18/50, vmamba_tiny
+    patch_size: int = 0               # patch of a ViT in pixels; 0: the architecture's (16; vit_micro 8)
+    ratio: float = 0.8                # rho: the first int(rho * D) features are IR, the others EF
+    lambda_orth: float = 1.0          # weight of L_Orth
+    lambda_reg: float = 0.001         # weight of L_PReg
+    out_dim: int = 65536              # K, prototypes of the IR head
+    ef_out_dim: int = 0               # prototypes of the EF head; 0: as many as the IR head
+    hidden_dim: int = 2048            # width of the heads' hidden layers
+    bottleneck_dim: int = 256         # width of the heads' last layer before the prototypes
+    student_temp: float = 0.1         # temperature of the student's softmax
+    teacher_temp: float = 0.04        # temperature of the teacher's softmax; lower it if the output becomes uniform
+    centre_momentum: float = 0.9      # momentum of the centres
+    momentum: float = 0.996           # teacher momentum at the start, cosine to 1; raise it for small batches
+    aug: str = "caug"                 # baug, caug (+ rotation) or caug+ (+ elastic deformation)
+    blur: bool = True                 # Gaussian blur among the colour operations; off for images of 32 px
+    global_size: int = 224            # side of the 2 global views in pixels
+    local_size: int = 96              # side of the local views in pixels
+    local_views: int = 8              # number of local views
+    global_scale: tuple = (0.4, 1.0)  # area of a global view, as a fraction of the image
+    local_scale: tuple = (0.05, 0.4)  # area of a local view, as a fraction of the image
+    store_size: int = 0               # side of a stored image in pixels; 0: 10/7 of global_size above 64, else equal
+    epochs: int = 200                 # passes over the data
+    batch: int = 512                  # images a step, over all processes
+    lr: float = 5e-4                  # peak learning rate for 256 images a step; scaled by batch / 256
+    min_lr: float = 1e-6              # learning rate at the end of the cosine
+    warmup_epochs: int = 10           # epochs of linear warm-up of the learning rate
+    weight_decay: float = 0.04        # at the start (none on biases and 1-D parameters)
+    weight_decay_end: float = 0.4     # at the end of its cosine
+    clip: float = 3.0                 # largest norm of each parameter's gradient; 0: no clipping
+    freeze_epochs: int = 1            # epochs with frozen prototypes; more if the loss does not fall
+    drop_path: float = 0.1            # stochastic depth of the student (ViT and VMamba), rising linearly with depth
+    images: int = 0                   # train on a random subset of so many images; 0: all
+    seed: int = 0                     # of everything random
+    device: str = "auto"              # auto, cpu or cuda
+    precision: str = "auto"           # auto (bf16 where the device is fast at it, else fp16 on a GPU), bf16, fp16, fp32
+    compile: bool = False             # torch.compile backbone, heads and losses
+    deterministic: bool = False       # bit-identical reruns on a GPU too (slower); a CPU needs no such switch
+    workers: int = -1                 # processes that decode images; -1: one a core; data held in memory needs none
+    cache: bool = True                # hold the decoded images on the device if they fill at most a quarter of it
+    save_every: float = 15.0          # minutes between checkpoints within an epoch (one is saved at each epoch too)
+    resume: bool = False              # go on with the run in --out
+    report: bool = True               # at the end, compare the representation with that of the untrained backbone
+    profile: int = 0                  # profile so many steps instead of training
+
+
+RECIPES = {
+    "paper": {},
+    "cifar": dict(arch="resnet18", global_size=32, local_size=16, local_views=4, blur=False, out_dim=4096, batch=256,
+                  local_scale=(0.1, 0.4)),
+    "patterns": dict(arch="vit_micro", global_size=32, local_size=16, local_views=2, blur=False, out_dim=1024, batch=64,
+                     hidden_dim=512, bottleneck_dim=128, teacher_temp=0.03, epochs=14, warmup_epochs=1, lr=2e-3,
+                     freeze_epochs=14, global_scale=(0.5, 1.0), local_scale=(0.2, 0.5)),
+}
+EMBED_DIM = dict(vit_micro=96, vit_tiny=192, vit_small=384, vit_base=768, resnet18=512, resnet50=2048, vmamba_tiny=768)
+CHOICES = dict(recipe=("auto", *RECIPES), method=("clever", "dino"), arch=tuple(EMBED_DIM),
+               aug=("baug", "caug", "caug+"), device=("auto", "cpu", "cuda"),
+               precision=("auto", "bf16", "fp16", "fp32"))
+MAY_CHANGE = ("out", "resume", "workers", "cache", "save_every", "report", "profile")    # on resuming a run
+
+
+class UserError(Exception):
+    """A wrong input: one sentence that says what is wrong, what was expected and what to do. Exit code 2."""
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a field of `Config`."""
+    return "--" + name.replace("_", "-")
+
+
+def near(word: str, known) -> str:
+    """`; did you mean X?` where a known word is close."""
+    match = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {match[0]}?" if match else ""
+
+
+def check(c: Config) -> None:
+    """Test every option against its range before anything is loaded. Raises UserError with one sentence."""
+    for name, known in CHOICES.items():
+        value = getattr(c, name)
+        if value not in known:
+            raise UserError(f"{flag(name)} {value} is unknown, expected one of {', '.join(known)}{near(value, known)}")
+    dim, ir = EMBED_DIM[c.arch], int(c.ratio * EMBED_DIM[c.arch]) if math.isfinite(c.ratio) else 0
+    patch = c.patch_size or VIT.get(c.arch, (0, 0, 1))[2]
+    positive = "out_dim hidden_dim bottleneck_dim student_temp teacher_temp global_size local_size epochs batch lr"
+    unit = "centre_momentum momentum"
+    natural = ("patch_size ef_out_dim lambda_orth lambda_reg local_views store_size min_lr warmup_epochs weight_decay "
+               "weight_decay_end clip freeze_epochs images seed profile")
+    rules = [(getattr(c, n) > 0, f"{flag(n)} {getattr(c, n)} must be greater than 0") for n in positive.split()]
+    rules += [(getattr(c, n) >= 0, f"{flag(n)} {getattr(c, n)} must be at least 0") for n in natural.split()]
+    rules += [(0 <= getattr(c, n) <= 1, f"{flag(n)} {getattr(c, n)} must lie in [0, 1]") for n in unit.split()]
+    rules += [(math.isfinite(v), f"{flag(n)} {v} must be a finite number")
+              for n, v in vars(c).items() if isinstance(v, float)]
+    rules += [(0 < v[0] <= v[1] <= 1, f"{flag(n)} {v[0]} {v[1]} must be two numbers with 0 < first <= second <= 1")
+              for n, v in vars(c).items() if isinstance(v, tuple)]
+    rules += [
+        (0 < c.ratio <= 1, f"--ratio {c.ratio} must lie in (0, 1]; the paper's is 0.8"),
+        (0 < ir, f"--ratio {c.ratio} leaves an IR of width 0 of the {dim} features of {c.arch}; raise it"),
+        (ir < dim or c.method == "dino", f"--ratio {c.ratio} leaves an EF of width 0; lower it, or say --method dino"),
+        (c.method == "clever" or c.ratio == 1, f"--method dino has no split: leave out --ratio {c.ratio}"),
+        (0 <= c.drop_path < 1, f"--drop-path {c.drop_path} must lie in [0, 1)"),
+        (c.workers >= -1, f"--workers {c.workers} must be at least 0, or -1 for one a core"),
+        (c.save_every > 0, f"--save-every {c.save_every} must be a positive number of minutes"),
+        (c.warmup_epochs <= c.epochs, f"--warmup-epochs {c.warmup_epochs} is longer than the run of {c.epochs} epochs"),
+        (c.arch in VIT or not c.patch_size, f"--patch-size {c.patch_size} is for a ViT; {c.arch} has no such patches"),
+        (c.global_size % patch == 0, f"--global-size {c.global_size} is not a multiple of the patch of {patch} px"),
+        (c.local_size % patch == 0 or not c.local_views,
+         f"--local-size {c.local_size} is not a multiple of the patch of {patch} px"),
+        (not c.blur or min(c.global_size, c.local_size if c.local_views else 99) > BLUR_RADIUS,
+         f"--blur needs views of more than {BLUR_RADIUS} px; enlarge them or say --no-blur"),
+        (c.device != "cuda" or torch.cuda.is_available(), "--device cuda: this machine has no GPU that torch can use"),
+        (c.precision != "fp16" or (c.device != "cpu" and torch.cuda.is_available()),
+         "--precision fp16 is for GPUs; use bf16 or fp32 on a CPU"),
+        (not c.resume or c.out, "--resume needs --out, the folder of the run to go on with"),
+    ]
+    for ok, sentence in rules:
+        if not ok:
+            raise UserError(sentence)
+
+
+def parse(argv: list[str]) -> Config:
+    """The configuration of a command line: what is given, over the recipe that --data implies, over the defaults.
+
+    Raises UserError for an unknown option or a value of the wrong type or out of range."""
+    helps = dict(re.findall(r"^    (\w+): \w+ = .*?# (.+)$", inspect.getsource(Config), re.M))
+    parser = argparse.ArgumentParser(prog="clever.py", usage="torchrun clever.py [options]", allow_abbrev=False,
+                                     description="Train CLeVER or DINO. Defaults: the paper's recipe for a folder of "
+                                     "images; smaller settings for cifar10, cifar100 and patterns (see --recipe).")
+    parser.error = lambda message: (_ for _ in ()).throw(UserError(message))
+    for f in dataclasses.fields(Config):
+        kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else
+                dict(nargs=2, type=float, metavar=("FROM", "TO")) if f.type is tuple else
+                dict(type=f.type, metavar=f.type.__name__.upper()))
+        text = f"{helps[f.name]} ({f.default})".replace("%", "%%")
+        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        options = [flag(f.name) for f in dataclasses.fields(Config)]
+        raise UserError(f"unknown option {unknown[0]}{near(unknown[0], options)}; --help lists all")
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(known).items()}
+    if given.get("resume"):
+        return resumed_config(given)
+    recipe = given.get("recipe", "auto")
+    if recipe == "auto":
+        recipe = {"patterns": "patterns", "cifar10": "cifar", "cifar100": "cifar"}.get(given.get("data", "patterns"), "paper")
+    cfg = Config(**{**RECIPES.get(recipe, {}), **given})
+    if cfg.method == "dino" and "ratio" not in given:
+        cfg.ratio = 1.0
+    check(cfg)
+    return cfg
+
+
+def resumed_config(given: dict) -> Config:
+    """The configuration that a run was started with. Raises UserError where there is none or an option differs."""
+    check(Config(out=given.get("out", ""), resume=True))
+    try:
+        saved = json.loads((Path(given["out"]) / "config.json").read_text())
+        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+        cfg = Config(**{**saved, **{k: v for k, v in given.items() if k in MAY_CHANGE}})
+    except (OSError, ValueError, TypeError, AttributeError) as e:
+        raise UserError(f"--resume: {given['out']} holds no run that can be resumed ({e})")
+    for name, value in given.items():
+        if name not in MAY_CHANGE and value != getattr(cfg, name):
+            raise UserError(f"{flag(name)} {value} differs from the run's {getattr(cfg, name)}: a resumed run keeps "
+                            "its settings; start a new one in another --out")
+    check(cfg)
+    return cfg
+
+
+# ==================================================================================================================== #
+#  2. Augmentation: every geometric one is a change of coordinates; compose them, then sample once                     #
+# ==================================================================================================================== #
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # of ImageNet, as the field normalises
+BLUR_RADIUS = 6                                              # pixels: 3 times the largest sigma
+
+
+def generator(device, *key) -> torch.Generator:
+    """A random generator whose stream is a function of the key (seed, step, ...) alone."""
+    digest = hashlib.sha256(repr(key).encode()).digest()
+    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def warp(images, size, box, flip, angle, shift=None):
+    """Sample one view of each image through the composed change of coordinates: crop, flip, rotation, elastic shift.
+
+    images (B, 3, S, S); size of the view in pixels; box (B, 4), the crop's centre x, y and half extents x, y in the
+    image's [-1, 1] coordinates; flip (B,) bool; angle (B,) in degrees, counter-clockwise; shift (B, size, size, 2) in
+    the view's [-1, 1] coordinates, or None. Returns (B, 3, size, size), bilinear, black outside the crop.
+    Paper, section 3: a view is an image under a composition of transformations; here the composition is explicit."""
+    axis = (torch.arange(size, device=images.device, dtype=images.dtype) * 2 + 1) / size - 1
+    point = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)[None]             # (1, s, s, 2): output pixels
+    inside = True
+    if shift is not None:
+        point = point + shift                                                            # elastic deformation
+        inside = (point.abs() <= 1).all(-1)                                              # (B, s, s)
+    x, y = point.unbind(-1)                                                              # each (B or 1, s, s)
+    cos, sin = angle.deg2rad().cos()[:, None, None], angle.deg2rad().sin()[:, None, None]
+    x, y = cos * x - sin * y, sin * x + cos * y                                          # rotation
+    inside = inside & (x.abs() <= 1) & (y.abs() <= 1)                                    # corners stay black
+    x = torch.where(flip[:, None, None], -x, x)                                          # flip
+    cx, cy, hx, hy = box.to(images.dtype)[:, :, None, None].unbind(1)                    # each (B, 1, 1)
+    grid = torch.stack([cx + hx * x, cy + hy * y], -1)                                   # crop: (B, s, s, 2)
+    view = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+    return view * inside[:, None]
+
+
+def gaussian_matrix(size, sigma, radius):
+    """Matrices that convolve a signal with a Gaussian, mirrored at its ends: sigma (B,) in pixels -> (B, size, size).
+
+    A blur of an image X is M X Mᵀ. Equals torchvision's gaussian_blur with a kernel of 2 radius + 1."""
+    tap = torch.arange(-radius, radius + 1, device=sigma.device)
+    weight = torch.exp(-0.5 * (tap / sigma[:, None]) ** 2)                               # (B, 2 radius + 1)
+    weight = weight / weight.sum(1, keepdim=True)
+    source = torch.arange(size, device=sigma.device)[:, None] + tap                      # (size, 2 radius + 1)
+    source = (size - 1) - ((size - 1) - source.abs()).abs()                              # mirrored into 0 .. size-1
+    matrix = sigma.new_zeros(len(sigma), size, size)
+    return matrix.scatter_add_(2, source.expand(len(sigma), -1, -1), weight[:, None].expand(-1, size, -1))
+
+
+def elastic_shift(noise, alpha, sigma):
+    """Smooth displacements from white noise in [-1, 1]: (B, 2, s, s) -> (B, s, s, 2) in [-1, 1] coordinates.
+
+    alpha: strength, sigma: smoothness, both in pixels, as in torchvision's ElasticTransform."""
+    size = noise.shape[-1]
+    smooth = gaussian_matrix(size, noise.new_tensor([sigma]), min(size - 1, int(4 * sigma + 0.5)))
+    return (smooth @ noise @ smooth.mT).permute(0, 2, 3, 1) * (alpha / size)
+
+
+def gray(x):
+    """Luma of RGB images: (B, 3, h, w) -> (B, 1, h, w)."""
+    return (0.2989 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2])[:, None]
+
+
+def shift_hue(x, turn):
+    """Turn the hue of RGB images in [0, 1] by turn (B,) of a full circle; value and chroma stay (torchvision's adjust_hue)."""
+    value, chroma = x.amax(1), x.amax(1) - x.amin(1)
+    r, g, b = x.unbind(1)
+    safe = torch.where(chroma == 0, 1, chroma)
+    hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
+    hue = hue + 6 * turn[:, None, None]                                                  # (B, h, w), in sixths
+    k = (hue[:, None] + torch.tensor([5.0, 3.0, 1.0], device=x.device, dtype=x.dtype)[:, None, None]) % 6
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def color_jitter(x, brightness, contrast, saturation, hue, order=(0, 1, 2, 3)):
+    """torchvision's ColorJitter on a batch, with factors (B,) for each image: 1, 1, 1, 0 change nothing."""
+    def blend(other, factor):
+        factor = factor[:, None, None, None]
+        return (factor * x + (1 - factor) * other).clamp(0, 1)
+    for operation in order:
+        x = (blend(0, brightness) if operation == 0 else
+             blend(gray(x).mean((1, 2, 3), keepdim=True), contrast) if operation == 1 else
+             blend(gray(x), saturation) if operation == 2 else shift_hue(x, hue))
+    return x
+
+
+def normalize(x):
+    """Subtract ImageNet's mean and divide by its standard deviation: (B, 3, h, w), channel by channel."""
+    return (x - x.new_tensor(MEAN)[:, None, None]) / x.new_tensor(STD)[:, None, None]
+
+
+class MultiCrop(nn.Module):
+    """V views of each image (2 global, then local), made on the batch, on the device (paper, section 4; DINO).
+
+    All random numbers are a function of (seed, step), drawn for the global batch and sliced by rank."""
+
+    def __init__(self, cfg: Config, rank=0, world=1):
+        super().__init__()
+        self.cfg, self.rank, self.world = cfg, rank, world
+
+    def draw(self, view: int, batch: int, gen) -> dict:
+        """The random parameters of one view of `batch` images, each a tensor with that many rows."""
+        cfg, device, local = self.cfg, gen.device, view >= 2
+        between = lambda low, high, *shape: low + (high - low) * torch.rand(*shape, batch, generator=gen, device=device)
+        chance = lambda p: between(0, 1) < p
+        jitter = chance(0.8)
+        blur = chance((1.0, 0.1, 0.5)[min(view, 2)] * cfg.blur)
+        return dict(
+            area=between(*(cfg.local_scale if local else cfg.global_scale), 10).T,       # (B, 10): tries of the crop
+            ratio=between(math.log(3 / 4), math.log(4 / 3), 10).exp().T,                 # width / height, in pixels
+            place=between(0, 1, 2).T,                                                    # (B, 2): x, y of the crop
+            flip=chance(0.5),
+            angle=between(-90, 90) * (cfg.aug != "baug"),
+            elastic=chance(0.5 * (cfg.aug == "caug+")),
+            brightness=torch.where(jitter, between(0.6, 1.4), 1),
+            contrast=torch.where(jitter, between(0.6, 1.4), 1),
+            saturation=torch.where(jitter, between(0.8, 1.2), 1),
+            hue=torch.where(jitter, between(-0.1, 0.1), 0),
+            gray=chance(0.2),
+            sigma=torch.where(blur, between(0.1, 2.0), 1e-3),                            # 1e-3: no blur at all
+            solarize=chance(0.2 * (view == 1)))
+
+    @staticmethod
+    def crop_box(area, ratio, place, aspect):
+        """Boxes of random resized crops (torchvision's rule: 10 tries, then the centre): (B, 4) for `warp`.
+
+        area, ratio (B, 10), place (B, 2) of `draw`; aspect (B,), width / height of the original image."""
+        w = (area * ratio / aspect[:, None]).sqrt()                                      # (B, 10), of the width
+        h = (area / ratio * aspect[:, None]).sqrt()                                      # (B, 10), of the height
+        fits = (w <= 1) & (h <= 1)
+        first = fits.int().argmax(1, keepdim=True)                                       # (B, 1)
+        inner = aspect.clamp(3 / 4, 4 / 3) / aspect                                      # centre crop of nearest ratio
+        fallback = torch.stack([inner.clamp(max=1), (1 / inner).clamp(max=1)], 1)        # (B, 2)
+        half = torch.where(fits.any(1, keepdim=True), torch.cat([w.gather(1, first), h.gather(1, first)], 1), fallback)
+        centre = torch.where(fits.any(1, keepdim=True), (2 * place - 1) * (1 - half), 0)
+        return torch.cat([centre, half], 1)
+
+    def make_view(self, images, size, p, order, noise=None):
+        """One view from its parameters p: images (B, 3, S, S) in [0, 1] -> (B, 3, size, size), normalised."""
+        shift = None
+        if noise is not None:
+            scale = size / 224                                                           # alpha 100, sigma 5 at 224 px
+            shift = elastic_shift(noise, 100 * scale, 5 * scale) * p["elastic"][:, None, None, None]
+        x = warp(images, size, p["box"], p["flip"], p["angle"], shift)
+        x = color_jitter(x, p["brightness"], p["contrast"], p["saturation"], p["hue"], order)
+        x = torch.where(p["gray"][:, None, None, None], gray(x), x)
+        if self.cfg.blur:
+            matrix = gaussian_matrix(size, p["sigma"], BLUR_RADIUS)[:, None].to(x.dtype)     # (B, 1, size, size)
+            x = matrix @ x @ matrix.mT
+        x = torch.where(p["solarize"][:, None, None, None] & (x >= 0.5), 1 - x, x)
+        return normalize(x)
+
+    @torch.no_grad()
+    def forward(self, images, aspect, step):
+        """This rank's images (B, 3, S, S) of bytes, aspect (B,) -> a list of V views (B, 3, size, size)."""
+        cfg, batch = self.cfg, len(images)
+        mine = slice(self.rank * batch, (self.rank + 1) * batch)
+        gen = generator(images.device, cfg.seed, "views", step)
+        orders = random.Random(f"{cfg.seed} {step}")                                     # known without asking the device
+        images, views = images.to(torch.float32) / 255, []
+        for view in range(2 + cfg.local_views):
+            size = cfg.global_size if view < 2 else cfg.local_size
+            p = {k: v[mine] for k, v in self.draw(view, batch * self.world, gen).items()}
+            p["box"] = self.crop_box(p["area"], p["ratio"], p["place"], aspect)
+            noise = None
+            if cfg.aug == "caug+":
+                noise = torch.rand(batch * self.world, 2, size, size, generator=gen, device=images.device)[mine] * 2 - 1
+            views.append(self.make_view(images, size, p, orders.sample(range(4), 4), noise))
+        return views
+
+
+# ==================================================================================================================== #
+#  3. Backbones: parameter names are timm's (ViT), torchvision's (ResNet) and the original's (VMamba)                  #
+# ==================================================================================================================== #
+
+VIT = {"vit_micro": (4, 3, 8), "vit_tiny": (12, 3, 16), "vit_small": (12, 6, 16), "vit_base": (12, 12, 16)}
+#                   blocks, heads, patch
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim, heads):
+        super().__init__()
+        self.heads, self.qkv, self.proj = heads, nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+
+    def project(self, x):
+        """Queries, keys and values, each (B, h, N, D/h)."""
+        B, N, D = x.shape
+        return self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+
+    def forward(self, x):
+        """(B, N, D) -> (B, N, D)."""
+        x = F.scaled_dot_product_attention(*self.project(x))                             # (B, h, N, D/h)
+        return self.proj(x.transpose(1, 2).flatten(2))                                   # (B, N, h, D/h) -> (B, N, D)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block with stochastic depth."""
+
+    def __init__(self, dim, heads, drop_path):
+        super().__init__()
+        self.norm1, self.attn, self.norm2 = nn.LayerNorm(dim, 1e-6), Attention(dim, heads), nn.LayerNorm(dim, 1e-6)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
+        self.drop_path = drop_path
+
+    def forward(self, x):
+        """(B, N, D) -> (B, N, D)."""
+        x = x + stochastic_depth(self.attn(self.norm1(x)), self.drop_path, "row", self.training)
+        return x + stochastic_depth(self.mlp(self.norm2(x)), self.drop_path, "row", self.training)
+
+
+class VisionTransformer(nn.Module):
+    """ViT (arXiv 2010.11929) for images of any size that the patch divides: forward(x) -> (B, D), the CLS token."""
+
+    def __init__(self, img_size, patch_size, embed_dim, depth, heads, drop_path=0.0):
+        super().__init__()
+        self.embed_dim, self.patch_size = embed_dim, patch_size
+        self.patch_embed = nn.Module()
+        self.patch_embed.proj = nn.Conv2d(3, embed_dim, patch_size, patch_size)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (img_size // patch_size) ** 2, embed_dim))
+        rates = torch.linspace(0, drop_path, depth).tolist()
+        self.blocks = nn.ModuleList(Block(embed_dim, heads, rate) for rate in rates)
+        self.norm = nn.LayerNorm(embed_dim, 1e-6)
+        for p in [self.cls_token, self.pos_embed] + [m.weight for m in self.modules() if isinstance(m, nn.Linear)]:
+            nn.init.trunc_normal_(p, std=0.02)
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.zeros_(m.bias)
+
+    def tokens(self, x):
+        """Images (B, 3, H, W) -> CLS and patch tokens (B, 1 + N, D), position embeddings interpolated to H x W."""
+        x = self.patch_embed.proj(x)                                                     # (B, D, h, w)
+        cls_pos, pos = self.pos_embed[:, :1], self.pos_embed[:, 1:]                      # (1, 1, D), (1, n, D)
+        side = math.isqrt(pos.shape[1])
+        if x.shape[2:] != (side, side):
+            pos = pos.view(1, side, side, -1).permute(0, 3, 1, 2)                        # (1, D, side, side)
+            pos = F.interpolate(pos, size=x.shape[2:], mode="bicubic").flatten(2).mT     # (1, h*w, D)
+        cls = (self.cls_token + cls_pos).expand(len(x), -1, -1)                          # (B, 1, D)
+        return torch.cat([cls, x.flatten(2).mT + pos], 1)                                # (B, 1 + h*w, D)
+
+    def get_intermediate_layers(self, x, n=1):
+        """The normalised tokens after each of the last n blocks: a list of n tensors (B, 1 + N, D)."""
+        x, layers = self.tokens(x), []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i >= len(self.blocks) - n:
+                layers.append(self.norm(x))
+        return layers
+
+    def get_last_selfattention(self, x):
+        """Attention weights of the last block: (B, heads, 1 + N, 1 + N); row 0 is the CLS token's."""
+        x = self.tokens(x)
+        for block in self.blocks[:-1]:
+            x = block(x)
+        q, k, _ = self.blocks[-1].attn.project(self.blocks[-1].norm1(x))                 # each (B, h, 1 + N, D/h)
+        return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
+
+    def forward(self, x):
+        """(B, 3, H, W) -> (B, D): the CLS token after the last norm."""
+        return self.get_intermediate_layers(x)[0][:, 0]
+
+
+# VMAMBA
+
+
+def build_backbone(arch: str, img_size: int, patch_size: int = 0, drop_path: float = 0.0) -> nn.Module:
+    """A backbone f with .embed_dim: (B, 3, H, W) -> (B, D). img_size: side of the global views in pixels."""
+    if arch in VIT:
+        depth, heads, patch = VIT[arch]
+        return VisionTransformer(img_size, patch_size or patch, EMBED_DIM[arch], depth, heads, drop_path)
+    if arch == "vmamba_tiny":
+        return VMamba(drop_path=2 * drop_path)                                           # its authors' 0.2 where ViTs have 0.1
+    net = {"resnet18": torchvision.models.resnet18, "resnet50": torchvision.models.resnet50}[arch]()
+    net.fc, net.embed_dim = nn.Identity(), EMBED_DIM[arch]
+    if img_size <= 64:                                                                   # keep the resolution of small images
+        net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
+        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+    return net.to(memory_format=torch.channels_last)
+
+
+# ==================================================================================================================== #
+#  4. Split and heads                                                                                                  #
+# ==================================================================================================================== #
+
+
+def split(z, ratio):
+    """z (..., D) -> IR z[:d], EF z[d:] with d = int(ratio * D) (paper, section 3.2). The one place that splits."""
+    d = int(ratio * z.shape[-1])
+    return z[..., :d], z[..., d:]
+
+
+class ProjectionHead(nn.Module):
+    """h: (N, in_dim) -> cosines to out_dim prototypes (N, out_dim). A weight-normalised last layer with gain 1 (DINO)."""
+
+    def __init__(self, in_dim, out_dim=65536, hidden_dim=2048, bottleneck_dim=256):
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, hidden_dim), nn.GELU(),
+                                 nn.Linear(hidden_dim, bottleneck_dim))
+        self.prototypes = nn.Linear(bottleneck_dim, out_dim, bias=False)
+        for m in self.modules():
+            if isinstance(m, nn.Linear):
+                nn.init.trunc_normal_(m.weight, std=0.02)
+                if m.bias is not None:
+                    nn.init.zeros_(m.bias)
+
+    def forward(self, x):
+        """(N, in_dim) -> (N, out_dim)."""
+        return F.linear(F.normalize(self.mlp(x), dim=-1), F.normalize(self.prototypes.weight, dim=-1))
+
+
+class CLeVER(nn.Module):
+    """Backbone f and heads h_IR, h_EF: a student or a teacher. With ratio 1 there is no EF and no h_EF: DINO."""
+
+    def __init__(self, cfg: Config, drop_path=0.0):
+        super().__init__()
+        self.ratio = cfg.ratio
+        self.backbone = build_backbone(cfg.arch, cfg.global_size, cfg.patch_size, drop_path)
+        D, widths = self.backbone.embed_dim, (cfg.hidden_dim, cfg.bottleneck_dim)
+        d = int(self.ratio * D)
+        self.head_ir = ProjectionHead(d, cfg.out_dim, *widths)
+        self.head_ef = ProjectionHead(D - d, cfg.ef_out_dim or cfg.out_dim, *widths) if d < D else None
+
+    def embed(self, views):
+        """V views (B, 3, h, w), equal sizes side by side -> z (V, B, D), one forward for each size."""
+        sizes = [v.shape[-1] for v in views]
+        groups = [torch.cat([v for v in views if v.shape[-1] == s]) for s in dict.fromkeys(sizes)]
+        return torch.cat([self.backbone(g) for g in groups]).unflatten(0, (len(views), -1))  # (V*B, D) -> (V, B, D)
+
+    def project(self, z):
+        """z (V, B, D) -> logits (V, B, K) of IR and (V, B, K') of EF (None without one)."""
+        ir, ef = split(z, self.ratio)
+        return self.head_ir(ir), None if self.head_ef is None else self.head_ef(ef)
+
+    def forward(self, views):
+        """A list of V views -> (ir_logits (V, B, K), ef_logits (V, B, K') or None)."""
+        return self.project(self.embed(views))
+
+
+# ==================================================================================================================== #
+#  5. Losses (paper, section 3.3), as pure functions of logits and parameters                                          #
+# ==================================================================================================================== #
+
+
+def wide(x):
+    """Half precision to float32; float32 and float64 as they are."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def sharpen(teacher, centre, temp):
+    """The teacher's distributions P = softmax((logits - c) / temp), without gradient: (..., K) -> (..., K)."""
+    return F.softmax((wide(teacher.detach()) - centre.detach()) / temp, -1)
+
+
+def mean_over_pairs(term, student, teacher):
+    """Mean of term(P_i, logits_j) over the global views i and all views j != i: one pass over the student's views.
+
+    student (V, B, K) logits, teacher (G, B, K) distributions, its first G views; term: (G', B, K), (B, K) -> (G', B)."""
+    V, G, B = len(student), len(teacher), student.shape[1]
+    total = sum(term(teacher[[i for i in range(G) if i != j]], wide(student[j])).sum() for j in range(V))
+    return total / ((V - 1) * G * B)
+
+
+def invariance_loss(student, teacher, centre, student_temp=0.1, teacher_temp=0.04):
+    """L_CL: mean of -P_i · log Q_j; views of one image agree in IR. It is DINO's loss.
+
+    student (V, B, K) and teacher (G, B, K): logits of h_IR, the teacher's of the first G views; centre (K,)."""
+    def cross_entropy(P, logits):
+        return -torch.einsum("gbk,bk->gb", P, F.log_softmax(logits / student_temp, -1))
+    return mean_over_pairs(cross_entropy, student, sharpen(teacher, centre, teacher_temp))
+
+
+def orthogonality_loss(student, teacher, centre, student_temp=0.1, teacher_temp=0.04):
+    """L_Orth: mean of |cos(P'_i, Q'_j)|; views of one image differ in EF. Arguments: those of L_CL, of h_EF.
+
+    (Softmaxes are not negative, so the absolute value changes nothing; it is the paper's formula.)"""
+    def cosine(P, logits):
+        Q = F.softmax(logits / student_temp, -1)                                         # (B, K)
+        return (torch.einsum("gbk,bk->gb", P, Q) / (P.norm(dim=-1) * Q.norm(dim=-1))).abs()
+    return mean_over_pairs(cosine, student, sharpen(teacher, centre, teacher_temp))
+
+
+def projector_regularization(head_ir, head_ef):
+    """L_PReg: |Σ‖θ‖² over h_IR - Σ‖θ‖² over h_EF| of two heads' parameters (modules): neither wins by growing."""
+    square = lambda head: sum(torch.linalg.vector_norm(p) ** 2 for p in head.parameters())
+    return (square(head_ir) - square(head_ef)).abs()
+
+
+def clever_loss(cfg, student_logits, teacher_logits, centres, heads):
+    """L = L_CL + λ_orth L_Orth + λ_reg L_PReg: a dict of named terms, "loss" last. Without an EF, L = L_CL.
+
+    student_logits, teacher_logits, centres, heads: pairs (of IR, of EF), as `CLeVER.forward` returns them."""
+    temps = cfg.student_temp, cfg.teacher_temp
+    ir, ef = zip(student_logits, teacher_logits, centres)
+    terms = {"L_CL": invariance_loss(*ir, *temps)}
+    loss = terms["L_CL"]
+    if heads[1] is not None:
+        terms["L_Orth"] = orthogonality_loss(*ef, *temps)
+        terms["L_PReg"] = projector_regularization(*heads)
+        loss = loss + cfg.lambda_orth * terms["L_Orth"] + cfg.lambda_reg * terms["L_PReg"]
+    return {**terms, "loss": loss}
+
+
+# ==================================================================================================================== #
+#  6. Collapse is watched, not hoped against                                                                           #
+# ==================================================================================================================== #
+
+
+def effective_rank(features) -> float:
+    """RankMe (arXiv 2210.02885): exponential of the entropy of the normalised singular values; features (N, d)."""
+    s = torch.linalg.svdvals(features.double())
+    p = s / s.sum() + 1e-7
+    return float(torch.exp(-(p * p.log()).sum()))
+
+
+def collapse_metrics(features, probabilities) -> dict:
+    """The ways in which a part (IR or EF) can collapse, from features (N, d) and the teacher's P (N, K).
+
+    entropy: mean of P's (ln K: uniform); kl_uniform: divergence of the mean P from uniform (ln K: one prototype);
+    std: of the normalised features, times √d (0: constant, about 1: healthy); rank: the effective rank."""
+    P, mean = probabilities.double(), probabilities.double().mean(0)
+    return dict(entropy=float(-torch.special.xlogy(P, P).sum(-1).mean()),
+                kl_uniform=float(math.log(P.shape[-1]) + torch.special.xlogy(mean, mean).sum()),
+                std=float(F.normalize(features.double(), dim=-1).std(0).mean() * features.shape[-1] ** 0.5),
+                rank=effective_rank(features))
+
+
+def collapse_alarm(part: str, m: dict, K: int) -> str:
+    """One sentence when `collapse_metrics` of a part say collapse, with what to try; else an empty string."""
+    if m["entropy"] > 0.99 * math.log(K):
+        what, cure = "the teacher's output is uniform", "lower --teacher-temp or --lr, or freeze the prototypes for longer"
+    elif m["kl_uniform"] > 0.95 * math.log(K):
+        what, cure = "one prototype takes every image", "lower --centre-momentum or raise --teacher-temp"
+    elif m["std"] < 0.1 or m["rank"] < 2:
+        what, cure = "all images have nearly the same features", "lower --lr, raise --momentum or take a larger --batch"
+    else:
+        return ""
+    return (f"COLLAPSE of {part}: {what} (entropy {m['entropy']:.2f} of at most {math.log(K):.2f}, divergence from uniform "
+            f"{m['kl_uniform']:.2f}, std {m['std']:.3f}, effective rank {m['rank']:.1f}). Try: {cure}.")
+
+
+# ==================================================================================================================== #
+#  7. Data: a worker decodes and squashes to a square of bytes; small data sits decoded on the device                  #
+# ==================================================================================================================== #
+
+
+def draw_patterns(count: int, seed: int, side: int = 32):
+    """Two-tone periodic patterns of ten classes, none symmetric under a quarter turn: bytes (count, 3, side, side), labels.
+
+    Random period, phase, duty and a tilt of up to 10 degrees; nearly constant greys, for a palette is a shortcut."""
+    gen = generator("cpu", seed, "patterns")
+    between = lambda low, high, *shape: low + (high - low) * torch.rand(count, *shape, generator=gen)
+    labels = torch.arange(count) % 10
+    axis = (torch.arange(2 * side) + 0.5) / 2 - side / 2                                 # drawn at twice the size
+    y, x = torch.meshgrid(axis, axis, indexing="ij")                                     # y points down
+    column = lambda t: t[:, None, None]
+    tilt, period = column(between(-10, 10).deg2rad()), column(between(8, 15))
+    f = (x * tilt.cos() + y * tilt.sin()) / period + column(between(0, 1))               # (count, 2 side, 2 side)
+    g = (y * tilt.cos() - x * tilt.sin()) / period * column(between(0.9, 1.25)) + column(between(0, 1))
+    duty = column(between(0.35, 0.55))
+    draw = [
+        lambda a, b, f, g, d: b < d,                                                     # stripes
+        lambda a, b, f, g, d: (g + (2 * a - 1).abs() / 2) % 1 < d,                       # zigzag
+        lambda a, b, f, g, d: ((2 * g) % 1 > d / 2) & ((f + 0.5 * ((2 * g) % 2).floor()) % 1 > d / 3),   # bricks
+        lambda a, b, f, g, d: (g + 0.15 * torch.sin(2 * math.pi * f)) % 1 < d,           # waves
+        lambda a, b, f, g, d: (b < d) & ((f + 0.5 * (g % 2).floor()) % 1 < 0.65),        # dashes
+        lambda a, b, f, g, d: b > (2 * a - 1).abs() + 0.3 - d / 2,                       # triangles
+        lambda a, b, f, g, d: ((a - 0.5) / 0.45) ** 2 + ((b - 0.5) / (0.5 * d)) ** 2 < 1,    # flat ellipses
+        lambda a, b, f, g, d: (b < d / 2) | ((b < 0.75) & ((2 * f) % 1 < d)),            # combs
+        lambda a, b, f, g, d: ((g + (2 * a - 1).abs()) % 1 < d) & (a > 0.12) & (a < 0.88),   # chevrons
+        lambda a, b, f, g, d: (g + 0.25 * ((2 * f) % 4).floor()) % 1 < d,                # steps
+    ]
+    image = torch.empty(count, 2 * side, 2 * side)
+    for c, bright in enumerate(draw):
+        part = f[c::10], g[c::10]
+        image[c::10] = bright(part[0] % 1, part[1] % 1, *part, duty[c::10]).float()
+    image = F.avg_pool2d(image[:, None], 2)                                              # (count, 1, side, side)
+    low, high = between(0.22, 0.28, 1, 1, 1), between(0.72, 0.78, 1, 1, 1)
+    image = low + (high - low) * image + 0.02 * torch.randn(image.shape, generator=gen)
+    return (image.clamp(0, 1) * 255).byte().expand(-1, 3, -1, -1).contiguous(), labels
+
+
+def decode(path, side: int):
+    """Read an image file and squash it to bytes (3, side, side), bicubic; also its width / height. EXIF is obeyed."""
+    with Image.open(path) as image:
+        image.draft("RGB", (side, side))                                                 # a JPEG decodes smaller, but no less
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):                                                   # 16 bits: keep the upper 8
+            image = image.point(lambda v: v / 256).convert("L")
+        aspect = image.width / image.height
+        image = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+        return torchvision.transforms.functional.pil_to_tensor(image), aspect
+
+
+class Images(Dataset):
+    """One split of a data set. Item i: (bytes (3, S, S), width / height, i), read from `paths` or taken from `pixels`.
+
+    A file that cannot be read is replaced by the next one that can, and its index is returned as -1 - i."""
+
+    def __init__(self, side, labels, classes, paths=None, pixels=None):
+        self.side, self.labels, self.classes = side, torch.as_tensor(labels), classes
+        self.paths, self.pixels, self.aspect, self.bad = paths, pixels, None, set()
+        if pixels is not None:
+            self.aspect = torch.ones(len(pixels))
+            if pixels.shape[-1] != side:
+                self.pixels = F.interpolate(pixels, size=(side, side), mode="bicubic", antialias=True)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        for k in range(len(self)):
+            j = (i + k) % len(self)
+            try:
+                return *decode(self.paths[j], self.side), i if k == 0 else -1 - i
+            except Exception as e:                                                       # whatever a broken file provokes
+                self.reason = f"{type(e).__name__}: {e}"
+        raise RuntimeError(f"none of the {len(self)} images could be read ({self.reason})")
+
+    def keep(self, indices):
+        """Reduce the split to these images, in this order."""
+        self.labels = self.labels[indices]
+        if self.pixels is None:
+            self.paths = [self.paths[i] for i in indices.tolist()]
+        else:
+            self.pixels, self.aspect = self.pixels[indices], self.aspect[indices]
+
+    def note_bad(self, indices):
+        """Remember the images that could not be read; name each once."""
+        for i in {-1 - int(i) for i in indices if i < 0} - self.bad:
+            self.bad.add(i)
+            tqdm.write(f"warning: cannot read {self.paths[i]}, another image takes its place", file=sys.stderr)
+
+    def stream(self, batches, device, workers):
+        """Yield (bytes (B, 3, S, S), aspect (B,)) on the device for each list of indices."""
+        if self.pixels is not None:
+            for indices in batches:
+                indices = torch.as_tensor(indices).to(self.pixels.device, non_blocking=True)
+                yield self.pixels[indices].to(device), self.aspect[indices.to(self.aspect.device)].to(device)
+            return
+        loader = DataLoader(self, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda",
+                            worker_init_fn=quiet_worker, prefetch_factor=4 if workers else None)
+        for pixels, aspect, indices in loader:
+            self.note_bad(indices.tolist())
+            yield pixels.to(device, non_blocking=True), aspect.float().to(device, non_blocking=True)
+
+    def hold(self, device, workers, allowed=True):
+        """Keep all images decoded in the device's memory, if they fill at most a quarter of it."""
+        if device.type == "cuda":
+            memory = torch.cuda.get_device_properties(device).total_memory
+        else:                                                                            # shared by a machine's processes
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if self.pixels is None and allowed and len(self) * 3 * self.side ** 2 <= memory / 4:
+            chunks = [range(i, min(i + 64, len(self))) for i in range(0, len(self), 64)]
+            bar = tqdm(self.stream(chunks, device, workers), "decode", len(chunks), unit_scale=64, unit=" images",
+                       disable=not sys.stderr.isatty() or distributed()[0] > 0, leave=False)
+            self.pixels, self.aspect = map(torch.cat, zip(*bar))
+        elif self.pixels is not None:
+            self.pixels, self.aspect = self.pixels.to(device), self.aspect.to(device)
+
+
+def quiet_worker(_):
+    """A stop signal is for the main process: it finishes its step, with the data that its workers still bring."""
+    torch.set_num_threads(1)
+    for s in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(s, signal.SIG_IGN)
+
+
+def load_images(data: str, split: str, side: int) -> Images:
+    """The split "train" or "val" of a data set, at side x side pixels. Raises UserError where there is none."""
+    if data == "patterns":
+        pixels, labels = draw_patterns(*{"train": (4096, 0), "val": (2000, 1)}[split])
+        return Images(side, labels, [str(c) for c in range(10)], pixels=pixels)
+    if data in ("cifar10", "cifar100"):
+        kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[data]
+        try:
+            cifar = kind(".data", train=split == "train", download=True)
+        except Exception as e:
+            raise UserError(f"--data {data}: neither in .data nor to be downloaded ({e}); check the network, or name a "
+                            "folder of images")
+        return Images(side, cifar.targets, cifar.classes, pixels=torch.from_numpy(cifar.data).permute(0, 3, 1, 2))
+    folder = Path(data) / split
+    if not Path(data).is_dir():
+        raise UserError(f"--data {data} is no folder, and none of patterns, cifar10, cifar100"
+                        f"{near(data, ('patterns', 'cifar10', 'cifar100'))}")
+    if not folder.is_dir():
+        raise UserError(f"--data {data} has no folder {split}/; expected {split}/<class>/<images>")
+    try:
+        files = torchvision.datasets.ImageFolder(folder)
+    except (FileNotFoundError, OSError) as e:
+        raise UserError(f"--data {folder}: {str(e).split(' Supported')[0].rstrip('.')}; expected <class>/<images>")
+    return Images(side, files.targets, files.classes, paths=[path for path, _ in files.samples])
+
+
+def epoch_order(count: int, cfg: Config, epoch: int):
+    """The order of an epoch's images, a function of (seed, epoch): a permutation of range(count)."""
+    return torch.randperm(count, generator=generator("cpu", cfg.seed, "order", epoch))
+
+
+class Batches:
+    """This rank's lists of image indices, step after step, from any step on: a batch sampler that spans all epochs."""
+
+    def __init__(self, count, cfg, start, stop, rank, world):
+        self.count, self.cfg, self.steps, self.rank = count, cfg, range(start, stop), rank
+        self.per_epoch, self.size = count // cfg.batch, cfg.batch // world
+
+    def __len__(self):
+        return len(self.steps)
+
+    def __iter__(self):
+        epoch = None
+        for step in self.steps:
+            if step // self.per_epoch != epoch:
+                epoch = step // self.per_epoch
+                order = epoch_order(self.count, self.cfg, epoch)
+            first = step % self.per_epoch * self.cfg.batch + self.rank * self.size
+            yield order[first:first + self.size].tolist()
+
+
+# ==================================================================================================================== #
+#  8. One training step                                                                                                #
+# ==================================================================================================================== #
+
+
+def cosine_schedule(start: float, end: float, steps: int, warmup: int = 0) -> list[float]:
+    """A value for each step: linear from 0 to `start` over `warmup` steps, then a cosine to `end` (DINO)."""
+    ramp = torch.linspace(0, start, warmup, dtype=torch.float64)
+    phase = torch.arange(steps - warmup, dtype=torch.float64) / max(1, steps - warmup)
+    return torch.cat([ramp, end + (start - end) * (1 + torch.cos(math.pi * phase)) / 2]).tolist()
+
+
+def distributed() -> tuple[int, int]:
+    """(rank, world) of this process; (0, 1) without a process group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def pick_precision(name: str, device: torch.device):
+    """The dtype of autocast, or None for float32 throughout. A CPU takes bf16 where it has instructions for it."""
+    if name == "auto" and device.type == "cuda":
+        name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif name == "auto":
+        name = "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+    return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[name]
+
+
+class Training:
+    """All that changes while training: student, teacher, optimiser, centres, and the schedules that drive them."""
+
+    def __init__(self, cfg: Config, steps_per_epoch: int, device="cpu"):
+        self.cfg, self.device, self.steps_per_epoch = cfg, torch.device(device), steps_per_epoch
+        self.rank, self.world = distributed()
+        torch.manual_seed(cfg.seed)
+        self.student = CLeVER(cfg, cfg.drop_path).to(device)
+        self.teacher = CLeVER(cfg).to(device).requires_grad_(False)                      # in train mode, without drop path
+        if self.world > 1 and any(isinstance(m, nn.BatchNorm2d) for m in self.student.modules()):
+            if self.device.type == "cpu":
+                raise UserError(f"--arch {cfg.arch} has batch norm, which torch synchronises on GPUs only; on a CPU use "
+                                "one process or a ViT")
+            self.student, self.teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (self.student, self.teacher))
+        self.teacher.load_state_dict(self.student.state_dict())
+        named = [(n, p) for n, p in self.student.named_parameters()]
+        free = [p for n, p in named if p.ndim == 1 or n.endswith(".bias")]               # free of weight decay
+        decayed = [p for n, p in named if not (p.ndim == 1 or n.endswith(".bias"))]
+        self.optimizer = torch.optim.AdamW([dict(params=decayed), dict(params=free, weight_decay=0.0)], fused=True)
+        self.dtype = pick_precision(cfg.precision, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
+        heads = [h for h in (self.student.head_ir, self.student.head_ef) if h is not None]
+        self.centres = [torch.zeros(h.prototypes.out_features, device=device) for h in heads]
+        total, warmup = cfg.epochs * steps_per_epoch, cfg.warmup_epochs * steps_per_epoch
+        self.lr = cosine_schedule(cfg.lr * cfg.batch / 256, cfg.min_lr, total, warmup)
+        self.weight_decay = cosine_schedule(cfg.weight_decay, cfg.weight_decay_end, total)
+        self.momentum = cosine_schedule(cfg.momentum, 1.0, total)
+        self.loss, self.ddp, self.stop = clever_loss, self.student, 0
+        if cfg.compile:
+            self.student.compile(), self.teacher.compile()
+            self.loss = torch.compile(clever_loss)
+        if self.world > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            self.ddp = nn.parallel.DistributedDataParallel(self.student, device_ids=ids, broadcast_buffers=False,
+                                                           gradient_as_bucket_view=True)
+
+    def autocast(self):
+        """The context of the forward passes."""
+        return torch.autocast(self.device.type, self.dtype) if self.dtype else nullcontext()
+
+    def state_dict(self) -> dict:
+        """Everything that a resumed run needs, as plain tensors and numbers."""
+        return dict(student=self.student.state_dict(), teacher=self.teacher.state_dict(), centres=self.centres,
+                    optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises RuntimeError, KeyError or ValueError where a part is missing or does not fit."""
+        self.student.load_state_dict(state["student"])
+        self.teacher.load_state_dict(state["teacher"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        for mine, saved in zip(self.centres, state["centres"], strict=True):
+            mine.copy_(saved)
+
+
+@torch.no_grad()
+def clip_gradients(parameters, limit: float) -> None:
+    """Scale each parameter's gradient, on its own, to a norm of at most `limit` (DINO); never waits for the device."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    factors = [limit / (norm + 1e-6) for norm in torch._foreach_norm(gradients)]
+    torch._foreach_mul_(gradients, [f.clamp(max=1) for f in factors])
+
+
+@torch.no_grad()
+def mean_over_processes(tensors: list) -> list:
+    """Average tensors over all processes in one flattened all-reduce."""
+    flat = torch.cat([t.detach().flatten().to(tensors[0].dtype) for t in tensors])
+    if dist.is_initialized():
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+    return [part.view(t.shape) for part, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
+
+
+def train_step(t: Training, views: list, step: int, mark=lambda phase: None) -> dict:
+    """One optimisation step from this process's V views (B, 3, h, w): student, centres and teacher are updated in place.
+
+    Returns the named loss terms, means over all processes, as tensors on the device (`float` of one waits for it), and
+    "stop", positive where a process was told to. mark: called after each phase (`--profile`)."""
+    cfg = t.cfg
+    torch.manual_seed(hash((cfg.seed, step, t.rank)))                                    # of stochastic depth
+    for group in t.optimizer.param_groups:
+        group["lr"] = t.lr[step]
+    t.optimizer.param_groups[0]["weight_decay"] = t.weight_decay[step]
+    # 1. the teacher sees the global views alone
+    with torch.no_grad(), t.autocast():
+        z = t.teacher.embed(views[:2])                                                   # (2, B, D)
+        targets = t.teacher.project(z)                                                   # (2, B, K), (2, B, K') or None
+    mark("teacher forward")
+    # 2. the student sees all views
+    with t.autocast():
+        logits = t.ddp(views)                                                            # (V, B, K), (V, B, K') or None
+    mark("student forward")
+    # 3. losses, in float32
+    centres = [*t.centres, None][:2]
+    terms = t.loss(cfg, logits, targets, centres, (t.student.head_ir, t.student.head_ef))
+    mark("losses")
+    # 4. gradients, averaged over processes by DDP
+    t.optimizer.zero_grad()
+    t.scaler.scale(terms["loss"]).backward()
+    mark("backward")
+    # 5. the student's step
+    t.scaler.unscale_(t.optimizer)
+    if cfg.clip:
+        clip_gradients(t.student.parameters(), cfg.clip)
+    if step < cfg.freeze_epochs * t.steps_per_epoch:
+        for head in (t.student.head_ir, t.student.head_ef):
+            if head is not None:
+                head.prototypes.weight.grad = None
+    t.scaler.step(t.optimizer)
+    t.scaler.update()
+    # 6. teacher <- m teacher + (1 - m) student; centre <- 0.9 centre + 0.1 mean of the teacher's logits
+    with torch.no_grad():
+        torch._foreach_lerp_(list(t.teacher.parameters()), list(t.student.parameters()), 1 - t.momentum[step])
+        means = [wide(x).mean((0, 1)) for x in targets if x is not None]
+        stop = means[0].new_tensor(float(t.stop > 0))
+        *means, scalars, stop = mean_over_processes([*means, torch.stack(list(terms.values())), stop])
+        for centre, mean in zip(t.centres, means):
+            centre.lerp_(mean.to(centre.dtype), 1 - cfg.centre_momentum)
+    t.last = z, targets
+    mark("optimiser, EMA and centres")
+    return {**dict(zip(terms, scalars)), "stop": stop}
+
+
+# ==================================================================================================================== #
+#  9. The loop                                                                                                         #
+# ==================================================================================================================== #
+
+
+def write_whole(path: Path, write) -> None:
+    """write(file) into `path`: aside, flushed, renamed; a reader sees the old file or the new one, never a part."""
+    aside = path.with_name(path.name + ".tmp")
+    try:
+        with open(aside, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except BaseException:
+        aside.unlink(missing_ok=True)
+        raise
+
+
+class Lagged:
+    """Reads a step's loss terms one step later, when they lie on the host already: the device never waits for a print."""
+
+    def __init__(self, device):
+        self.device, self.waiting = device, None
+
+    def swap(self, step, terms):
+        """Send off the terms of this step; return (step, {name: float}) of the one before, or None."""
+        before, self.waiting = self.read(), None
+        if terms is not None:
+            host = torch.stack(list(terms.values())).to("cpu", non_blocking=True)
+            event = torch.cuda.Event() if self.device.type == "cuda" else None
+            if event:
+                event.record()
+            self.waiting = step, list(terms), host, event
+        return before
+
+    def read(self):
+        """The values of the step that waits, or None."""
+        if self.waiting is None:
+            return None
+        step, names, host, event = self.waiting
+        if event:
+            event.synchronize()
+        return step, dict(zip(names, host.tolist()))
+
+
+def setup(cfg: Config) -> tuple[int, int, torch.device]:
+    """Join the process group that torchrun describes, if any: (rank, world, device). Raises UserError."""
+    world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if cfg.batch % world:
+        raise UserError(f"--batch {cfg.batch} cannot be shared by {world} processes evenly; take a multiple of {world}")
+    cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
+    if cuda and local >= torch.cuda.device_count():
+        raise UserError(f"process {local} finds no GPU of its own among {torch.cuda.device_count()}; start fewer")
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    if cfg.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return *distributed(), device
+
+
+def open_data(cfg: Config) -> Images:
+    """The training images of the run. Raises UserError where there are none, or too few."""
+    side = cfg.store_size or (cfg.global_size if cfg.global_size <= 64 else round(cfg.global_size * 10 / 7))
+    data = load_images(cfg.data, "train", side)
+    if cfg.images > len(data):
+        raise UserError(f"--images {cfg.images} is more than the {len(data)} images of {cfg.data}")
+    if cfg.images:
+        data.keep(torch.randperm(len(data), generator=generator("cpu", cfg.seed, "subset"))[:cfg.images])
+    if cfg.batch > len(data):
+        raise UserError(f"--batch {cfg.batch} is larger than the data of {len(data)} images")
+    return data
+
+
+def open_run(cfg: Config, rank: int) -> Path:
+    """The folder of the run, made by rank 0 and told to the others. Raises UserError if it is taken or cannot be written."""
+    answer = [None]
+    if rank == 0:
+        try:
+            out = Path(cfg.out or "runs")
+            if not cfg.out:
+                stem = f"{Path(cfg.data).name}-{cfg.method}-{cfg.aug.replace('+', 'plus')}"
+                out = next(p for n in range(1, 10 ** 6) if not (p := out / f"{stem}-{n}").exists())
+            if not cfg.resume and (out / "config.json").exists():
+                raise UserError(f"--out {out} holds a run already; go on with it by --resume, or name another folder")
+            out.mkdir(parents=True, exist_ok=True)
+            text = json.dumps({**vars(cfg), "out": str(out), "resume": False}, indent=1)
+            write_whole(out / "config.json", lambda f: f.write(text.encode()))
+            answer = [str(out)]
+        except OSError as e:
+            answer = [UserError(f"--out {cfg.out}: cannot be written ({e.strerror}); name another folder")]
+        except UserError as e:
+            answer = [e]
+    if dist.is_initialized():
+        dist.broadcast_object_list(answer)
+    if isinstance(answer[0], Exception):
+        raise answer[0]
+    return Path(answer[0])
+
+
+def load_checkpoint(path: Path, t: Training) -> dict:
+    """Restore `t` from a checkpoint, without running code from it. Raises UserError naming what does not fit."""
+    try:
+        state = torch.load(path, map_location=t.device, weights_only=True)
+        for name, value in state["config"].items():
+            if name not in MAY_CHANGE and getattr(t.cfg, name) != (tuple(value) if isinstance(value, list) else value):
+                raise UserError(f"{path} was written with {flag(name)} {value}, this run has {getattr(t.cfg, name)}")
+        t.load_state_dict(state)
+        return state
+    except UserError:
+        raise
+    except Exception as e:
+        raise UserError(f"{path} is no checkpoint of this run, or damaged ({str(e).strip().splitlines()[0][:160]}); "
+                        "restore the file, or start again in another --out")
+
+
+class Run:
+    """The loop's own state beside `Training`: where it writes, what it has logged, when it saves."""
+
+    def __init__(self, cfg: Config, t: Training, data: Images, out: Path):
+        self.cfg, self.t, self.data, self.out, self.step, self.sums = cfg, t, data, out, 0, {}
+        self.lead, self.saved, self.saved_at = t.rank == 0, time.monotonic(), "none yet"
+        path = out / "checkpoint.pt"
+        if cfg.resume and path.exists():
+            state = load_checkpoint(path, t)
+            self.step, self.sums, self.saved_at = state["step"], state["sums"], f"{path}, step {state['step']}"
+            data.bad |= set(state["bad"])
+        self.epoch = self.step // t.steps_per_epoch
+        if self.lead and cfg.resume and (out / "log.jsonl").exists():                    # drop what came after the checkpoint
+            lines = (out / "log.jsonl").read_bytes().splitlines(keepends=True)[:self.epoch]
+            write_whole(out / "log.jsonl", lambda f: f.writelines(lines))
+
+    def save(self) -> None:
+        """Write checkpoint.pt and backbone.pt; a failure is said aloud and costs no more than this checkpoint."""
+        self.saved = time.monotonic()
+        if not self.lead:
+            return
+        state = dict(self.t.state_dict(), config=vars(self.cfg), step=self.step, sums=self.sums, bad=sorted(self.data.bad))
+        try:
+            write_whole(self.out / "checkpoint.pt", lambda f: torch.save(state, f))
+            write_whole(self.out / "backbone.pt", lambda f: torch.save(self.t.teacher.backbone.state_dict(), f))
+            self.saved_at = f"{self.out / 'checkpoint.pt'}, step {self.step}"
+        except (OSError, RuntimeError) as e:
+            tqdm.write(f"warning: no checkpoint at step {self.step} ({e}); the last one is {self.saved_at}", file=sys.stderr)
+
+    def add(self, read) -> bool:
+        """Add a step's terms to the epoch's sums; stop at a loss that is not finite. True if a process is to stop."""
+        if read is None:
+            return False
+        step, terms = read
+        stop = terms.pop("stop") > 0
+        for name, value in terms.items():
+            if not math.isfinite(value):
+                raise SystemExit(f"clever.py: {name} is {value} at step {step}. Last good checkpoint: {self.saved_at}. "
+                                 "Try a lower --lr, or --precision fp32.")
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        return stop
+
+    def end_epoch(self, seconds: float) -> dict:
+        """Log an epoch: means of the terms, collapse metrics of the last batch, bad images. Resets the sums."""
+        cfg, t, spe = self.cfg, self.t, self.t.steps_per_epoch
+        record = dict(epoch=self.epoch + 1, step=self.step, lr=t.lr[self.step - 1], momentum=t.momentum[self.step - 1],
+                      **{k: v / spe for k, v in self.sums.items()})
+        z, targets = t.last
+        alarms = []
+        for part, features, logits, centre in zip(("ir", "ef"), split(z, cfg.ratio), targets, t.centres):
+            features, P = wide(features).flatten(0, 1), sharpen(logits, centre, cfg.teacher_temp).flatten(0, 1)
+            m = collapse_metrics(features, P)                                            # of (2B, d) and (2B, K)
+            record.update({f"{part}_{k}": v for k, v in m.items()})
+            alarms.append(collapse_alarm(part.upper(), m, P.shape[-1]))
+        if dist.is_initialized():
+            gathered = [None] * t.world
+            dist.all_gather_object(gathered, self.data.bad)
+            self.data.bad = set().union(*gathered)
+        record.update(bad_images=len(self.data.bad), seconds=round(seconds, 2))
+        self.epoch, self.sums = self.epoch + 1, {}
+        if self.lead:
+            with open(self.out / "log.jsonl", "a") as log:
+                log.write(json.dumps(record) + "\n")
+            terms = "  ".join(f"{k} {record[k]:.4f}" for k in ("loss", "L_CL", "L_Orth", "L_PReg") if k in record)
+            ranks = "  ".join(f"rank {p.upper()} {record[p + '_rank']:.1f}" for p in ("ir", "ef") if p + "_rank" in record)
+            tqdm.write(f"epoch {self.epoch}/{cfg.epochs}  {terms}  {ranks}  {spe * cfg.batch / seconds:.0f} images/s")
+            for alarm in filter(None, alarms):
+                tqdm.write(alarm)
+        bad = sorted(self.data.bad)
+        if len(bad) > 0.01 * len(self.data):
+            names = ", ".join(str(self.data.paths[i]) for i in bad[:20]) + (" ..." if len(bad) > 20 else "")
+            raise SystemExit(f"clever.py: {len(bad)} of {len(self.data)} images cannot be read, more than 1 %: {names}")
+        return record
+
+
+def save_crops(path: Path, images, views) -> None:
+    """A picture of the first images (B, 3, S, S) of bytes, each beside its V views, as the network sees them."""
+    rows, side = min(8, len(images)), views[0].shape[-1]
+    undo = lambda v: v[:rows].float().cpu() * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
+    source = F.interpolate(images[:rows].float().cpu() / 255, size=(side, side), mode="bilinear", antialias=True)
+    tiles = [source] + [F.pad(undo(v), [0, side - v.shape[-1]] * 2, value=1.0) for v in views]
+    tiles = torch.stack(tiles, 1).flatten(0, 1).clamp(0, 1)                              # (rows * (1 + V), 3, side, side)
+    tiles = F.interpolate(tiles, scale_factor=max(1, 96 // side), mode="nearest")
+    grid = torchvision.utils.make_grid(tiles, nrow=1 + len(views), padding=4, pad_value=1.0)
+    write_whole(path, lambda f: torchvision.utils.save_image(grid, f, format="png"))
+
+
+def train(cfg: Config) -> Path:
+    """Train as configured, on all processes; returns the folder of the run. Raises UserError, or SystemExit with a reason."""
+    rank, world, device = setup(cfg)
+    data = open_data(cfg)
+    t = Training(cfg, len(data) // cfg.batch, device)
+    augment, lagged, bar_off = MultiCrop(cfg, rank, world), Lagged(device), rank > 0 or not sys.stderr.isatty()
+    workers = cfg.workers if cfg.workers >= 0 else max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if cfg.profile:
+        data.hold(device, workers, cfg.cache)
+        return profile(cfg, t, data, augment, workers)
+    out = open_run(cfg, rank)
+    run = Run(cfg, t, data, out)
+    data.hold(device, workers, cfg.cache)
+    for s in (signal.SIGTERM, signal.SIGINT):                                            # finish the step, save, leave
+        signal.signal(s, lambda number, frame: (setattr(t, "stop", number), signal.signal(number, signal.SIG_DFL)))
+    spe, began = t.steps_per_epoch, time.monotonic()
+    steps = Batches(len(data), cfg, run.step, cfg.epochs * spe, rank, world)
+    bar = tqdm(total=cfg.epochs * spe, initial=run.step, unit_scale=cfg.batch, unit=" images", disable=bar_off, smoothing=0.05)
+    for images, aspect in data.stream(steps, device, workers):
+        views = augment(images, aspect, run.step)
+        if run.step == 0 and rank == 0:
+            save_crops(out / "crops.png", images, views)
+        stop = run.add(lagged.swap(run.step, train_step(t, views, run.step)))
+        run.step += 1
+        bar.update()
+        bar.set_description(f"epoch {run.epoch + 1}/{cfg.epochs}", refresh=False)
+        bar.set_postfix({k: f"{v / max(1, run.step % spe):.3f}" for k, v in run.sums.items()}, refresh=False)
+        if run.step % spe == 0:
+            stop |= run.add(lagged.swap(None, None))
+            run.end_epoch(time.monotonic() - began)
+            run.save()
+            began = time.monotonic()
+        elif stop or time.monotonic() - run.saved > 60 * cfg.save_every:
+            run.add(lagged.swap(None, None))
+            run.save()
+        if stop:
+            tqdm.write(f"stopped at step {run.step}; go on with --out {out} --resume", file=sys.stderr)
+            raise SystemExit(128 + (t.stop or signal.SIGTERM))
+    bar.close()
+    for s in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(s, signal.SIG_DFL if s == signal.SIGTERM else signal.default_int_handler)
+    return out
+
+
+def profile(cfg: Config, t: Training, data: Images, augment: MultiCrop, workers: int) -> None:
+    """Print where the time of `cfg.profile` steps goes, what its parts reach alone, and what limits the run."""
+    sync = torch.cuda.synchronize if t.device.type == "cuda" else lambda: None
+    spent, clock, n = {}, time.perf_counter(), cfg.profile
+
+    def mark(phase):
+        nonlocal clock
+        sync()
+        now = time.perf_counter()
+        spent[phase], clock = spent.get(phase, 0.0) + now - clock, now
+
+    def run(mark=lambda phase: None, only_load=False, views=None):
+        """Images/s of this process over n steps, after two that warm up; the views of the last one."""
+        nonlocal clock
+        stream = data.stream(Batches(len(data), cfg, 0, n + 2, t.rank, t.world), t.device, workers)
+        for i, (images, aspect) in enumerate(stream if views is None else [(None, None)] * (n + 2)):
+            if i == 2:
+                sync()
+                start = clock = time.perf_counter()
+                spent.clear()
+            mark("waiting for data")
+            if not only_load:
+                views_now = views or augment(images, aspect, i)
+                mark("augmentation")
+                train_step(t, views_now, i % len(t.lr), mark)
+        sync()
+        return n * cfg.batch / t.world / (time.perf_counter() - start), None if only_load else views_now
+
+    _, views = run(mark)
+    phases = dict(spent)
+    whole, loader, compute = run()[0], run(only_load=True)[0], run(views=views)[0]
+    with FlopCounterMode(display=False) as counter:
+        train_step(t, views, 0)
+    flops = counter.get_total_flops() * compute / (cfg.batch / t.world)                  # a second
+    side = 8192 if t.device.type == "cuda" else 2048
+    a = torch.randn(side, side, device=t.device, dtype=t.dtype or torch.float32)
+    a @ a, sync()
+    start = time.perf_counter()
+    for _ in range(10):
+        a @ a
+    sync()
+    peak = 10 * 2 * side ** 3 / (time.perf_counter() - start)
+    memory = (torch.cuda.max_memory_allocated() if t.device.type == "cuda" else
+              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    if t.rank > 0:
+        return
+    total = sum(phases.values())
+    device = torch.cuda.get_device_name() if t.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    print(f"{cfg.arch}, {cfg.method}, {cfg.aug}, batch {cfg.batch} on {t.world} x {device}, "
+          f"{str(t.dtype or torch.float32)[6:]}, torch {torch.__version__}: {n} steps\n")
+    print("| phase | ms a step | share |\n|---|---:|---:|")
+    for phase, seconds in phases.items():
+        print(f"| {phase} | {1000 * seconds / n:.1f} | {seconds / total:.1%} |")
+    print(f"\nimages/s of each process: {whole:.1f} the whole, {loader:.1f} the loader alone ({workers} workers"
+          f"{', data in memory' if data.pixels is not None else ''}), {compute:.1f} the compute alone")
+    print(f"peak memory {memory / 2 ** 30:.2f} GiB; {flops / 1e12:.3f} TFLOP/s, {flops / peak:.0%} of the "
+          f"{peak / 1e12:.2f} TFLOP/s of a matrix product")
+    if loader < 1.1 * compute:
+        print("The loader limits this run: more --workers, a smaller --store-size, or images on a faster disk.")
+    elif phases["augmentation"] > 0.2 * total:
+        print("The augmentation limits this run: fewer --local-views or a simpler --aug; else a larger --batch.")
+    elif not cfg.compile and t.device.type == "cuda":
+        print("The compute limits this run: try --compile; then a larger --batch, if memory allows.")
+    else:
+        print("The compute limits this run: a smaller --arch, fewer --local-views, --precision bf16, or more processes.")
+
+
+def main(argv: list[str]) -> int:
+    """The command line; returns the exit code."""
+    try:
+        cfg = parse(argv)
+        out = train(cfg)
+        if cfg.report and not cfg.profile and distributed()[0] == 0:
+            sys.modules["clever"] = sys.modules[__name__]                                # eval_linear imports this very module
+            import eval_linear
+            eval_linear.compare(cfg, out)
+        return 0
+    except UserError as e:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"clever.py: {e}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
