@@ -1,18 +1,19 @@
 """CLeVER: Contrastive Learning Via Equivariant Representation (Song et al., arXiv 2406.00262), in one file.
 
-    torchrun clever.py                                                            the demo: no data, no download
-    torchrun --nproc-per-node gpu clever.py --data IMAGENET100 --out runs/in100   the paper's recipe
-    torchrun clever.py --data cifar10 --method dino --aug baug                    the baseline, on torchvision's CIFAR-10
-    python clever.py --data IMAGENET100 --profile 30                              where does a step's time go?
-    python clever.py --out runs/in100 --resume                                    go on where a run stopped
+    torchrun clever.py                                         the demo: no data, no download
+    torchrun --nproc-per-node gpu clever.py --data IMAGENET100 --out runs/in100     the paper's recipe
+    torchrun clever.py --data cifar10 --method dino --aug baug                      the baseline
+    python clever.py --data IMAGENET100 --profile 30           where does the time of a step go?
+    python clever.py --out runs/in100 --resume                 go on where a run stopped
 
-A view v = t(I) of an image I under a random augmentation t passes the backbone: z = f(v). The representation is split,
-z = (z_IR, z_EF): views of one image shall agree in the invariant representation (IR) and differ in the equivariant factor
-(EF). A student learns by gradient from a teacher, its moving average (DINO, arXiv 2104.14294). DINO is ratio = 1: no EF.
+A view v = t(I) of an image I under a random augmentation t passes the backbone: z = f(v). The representation
+is split, z = (z_IR, z_EF): views of one image shall agree in the invariant representation (IR) and differ in
+the equivariant factor (EF). A student learns by gradient, a teacher is its moving average (DINO, arXiv
+2104.14294). DINO itself is ratio = 1: no EF.
 
-Read from the top: 1 configuration, 2 augmentation, 3 backbones, 4 split and heads, 5 losses, 6 collapse metrics,
-7 data, 8 one training step, 9 what was learnt, 10 the loop, 11 the command line. Symbols in comments: B images,
-V views of each (G of them global), D features, K prototypes, S side of a stored image, N tokens or samples.
+From the bottom up: 1 configuration, 2 augmentation, 3 backbones, 4 split and heads, 5 losses, 6 collapse
+metrics, 7 data, 8 one training step, 9 the loop, 10 the command line. Letters in comments: B images, V views
+of each (G of them global), D features, K prototypes, S side of a stored image, N tokens or samples.
 """
 import argparse
 import dataclasses
@@ -32,6 +33,7 @@ import time
 from collections import OrderedDict
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial, reduce
 from pathlib import Path
 
 import torch
@@ -40,22 +42,21 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageOps
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.ops import stochastic_depth
+from torchvision.ops import Permute, stochastic_depth
 from tqdm import tqdm
 
-# ==================================================================================================================== #
-#  1. Configuration: the defaults are the paper's recipe; RECIPES says what smaller data changes                       #
-# ==================================================================================================================== #
+# ======== 1. Configuration: the defaults are the paper's recipe; RECIPES says what smaller data changes
 
 
 @dataclass
 class Config:
-    """Every option: a typed field, its default and its help. The command line is made from it (`--local-views 8`)."""
-    data: str = "patterns"            # patterns, cifar10, cifar100, or a folder with train/<class>/* and val/<class>/*
-    out: str = ""                     # folder of the run; empty: the first free runs/<data>-<method>-<aug>-<n>
-    recipe: str = "auto"              # defaults of all other options: auto (by --data), patterns, cifar or paper
+    """Every option: a typed field, its default (the paper's recipe), its help. It makes the command line."""
+    data: str = "patterns"            # patterns, cifar10, cifar100, or a folder of train/<class>/*, val/<class>/*
+    out: str = ""                     # folder of the run; empty: the next free runs/<data>-<method>-<aug>-<n>
+    recipe: str = "auto"              # defaults of the other options: demo, cifar, paper; auto: of --data
     method: str = "clever"            # clever or dino (the same code without the split)
     arch: str = "vit_tiny"            # backbone: vit_micro/tiny/small/base, resnet18/50, vmamba_tiny
     patch_size: int = 0               # patch of a ViT in pixels; 0: the architecture's (16; vit_micro 8)
@@ -67,9 +68,9 @@ class Config:
     hidden_dim: int = 2048            # width of the heads' hidden layers
     bottleneck_dim: int = 256         # width of the heads' last layer before the prototypes
     student_temp: float = 0.1         # temperature of the student's softmax
-    teacher_temp: float = 0.04        # temperature of the teacher's softmax; lower it if the output becomes uniform
+    teacher_temp: float = 0.04        # temperature of the teacher's; lower it if the output becomes uniform
     centre_momentum: float = 0.9      # momentum of the centres
-    momentum: float = 0.996           # teacher momentum at the start, cosine to 1; raise it for small batches
+    momentum: float = 0.996           # of the teacher at the start, cosine to 1; raise it for small batches
     aug: str = "caug"                 # baug, caug (+ rotation) or caug+ (+ elastic deformation)
     blur: bool = True                 # Gaussian blur among the colour operations; off for images of 32 px
     global_size: int = 224            # side of the 2 global views in pixels
@@ -77,7 +78,7 @@ class Config:
     local_views: int = 8              # number of local views
     global_scale: tuple = (0.4, 1.0)  # area of a global view, as a fraction of the image
     local_scale: tuple = (0.05, 0.4)  # area of a local view, as a fraction of the image
-    store_size: int = 0               # side of a stored image in pixels; 0: 10/7 of global_size above 64, else equal
+    store_size: int = 0               # side of a stored image; 0: global_size, and 10/7 of it above 64 px
     epochs: int = 200                 # passes over the data
     batch: int = 512                  # images a step, over all processes
     lr: float = 5e-4                  # peak learning rate for 256 images a step; scaled by batch / 256
@@ -87,34 +88,35 @@ class Config:
     weight_decay_end: float = 0.4     # at the end of its cosine
     clip: float = 3.0                 # largest norm of each parameter's gradient; 0: no clipping
     freeze_epochs: int = 1            # epochs with frozen prototypes; more if the loss does not fall
-    drop_path: float = 0.1            # stochastic depth of the student (ViT and VMamba), rising linearly with depth
+    drop_path: float = 0.1            # stochastic depth of the student's last block, 0 at its first
     images: int = 0                   # train on a random subset of so many images; 0: all
     seed: int = 0                     # of everything random
     device: str = "auto"              # auto, cpu or cuda
-    precision: str = "auto"           # auto (bf16 where the device is fast at it, else fp16 on a GPU), bf16, fp16, fp32
+    precision: str = "auto"           # bf16, fp16, fp32; auto: bf16 where it is fast, else fp16 on a GPU
     compile: bool = False             # torch.compile backbone, heads and losses
     deterministic: bool = False       # bit-identical reruns on a GPU too (slower); a CPU needs no such switch
-    workers: int = -1                 # processes that decode images; -1: one a core; data held in memory needs none
-    cache: bool = True                # hold the decoded images on the device if they fill at most a quarter of it
-    save_every: float = 15.0          # minutes between checkpoints within an epoch (one is saved at each epoch too)
+    workers: int = -1                 # processes that decode images; -1: one a core; none for data in memory
+    cache: bool = True                # hold decoded images on the device if they fill at most a quarter of it
+    save_every: float = 15.0          # minutes between checkpoints (and one at the end of each epoch)
     resume: bool = False              # go on with the run in --out
-    report: bool = True               # at the end, compare the representation with that of the untrained backbone
+    report: bool = True               # at the end, compare with the untrained backbone
     profile: int = 0                  # profile so many steps instead of training
 
 
+SMALL = dict(global_size=32, local_size=16, blur=False)
 RECIPES = {
     "paper": {},
-    "cifar": dict(arch="resnet18", global_size=32, local_size=16, local_views=4, blur=False, out_dim=4096, batch=256,
-                  local_scale=(0.1, 0.4)),
-    "patterns": dict(arch="vit_micro", global_size=32, local_size=16, local_views=2, blur=False, out_dim=1024, batch=64,
-                     hidden_dim=512, bottleneck_dim=128, teacher_temp=0.03, epochs=14, warmup_epochs=1, lr=2e-3,
-                     freeze_epochs=14, global_scale=(0.5, 1.0), local_scale=(0.2, 0.5)),
+    "cifar": dict(SMALL, arch="resnet18", local_views=4, local_scale=(0.1, 0.4), out_dim=4096, batch=256),
+    "demo": dict(SMALL, arch="vit_micro", local_views=2, global_scale=(0.5, 1.0), local_scale=(0.2, 0.5),
+                     hidden_dim=512, bottleneck_dim=128, out_dim=1024, teacher_temp=0.03, batch=64, lr=2e-3,
+                     epochs=14, warmup_epochs=1, freeze_epochs=14),
 }
-EMBED_DIM = dict(vit_micro=96, vit_tiny=192, vit_small=384, vit_base=768, resnet18=512, resnet50=2048, vmamba_tiny=768)
+EMBED_DIM = dict(vit_micro=96, vit_tiny=192, vit_small=384, vit_base=768,
+                 resnet18=512, resnet50=2048, vmamba_tiny=768)
 CHOICES = dict(recipe=("auto", *RECIPES), method=("clever", "dino"), arch=tuple(EMBED_DIM),
                aug=("baug", "caug", "caug+"), device=("auto", "cpu", "cuda"),
                precision=("auto", "bf16", "fp16", "fp32"))
-MAY_CHANGE = ("out", "resume", "workers", "cache", "save_every", "report", "profile")    # on resuming a run
+MAY_CHANGE = ("out", "resume", "workers", "cache", "save_every", "report", "profile")  # on resuming a run
 
 
 class UserError(Exception):
@@ -135,143 +137,170 @@ def near(word: str, known) -> str:
 def check(c: Config) -> None:
     """Test every option against its range before anything is loaded. Raises UserError with one sentence."""
     for name, known in CHOICES.items():
-        value = getattr(c, name)
-        if value not in known:
-            raise UserError(f"{flag(name)} {value} is unknown, expected one of {', '.join(known)}{near(value, known)}")
-    dim, ir = EMBED_DIM[c.arch], int(c.ratio * EMBED_DIM[c.arch]) if math.isfinite(c.ratio) else 0
-    patch = c.patch_size or VIT.get(c.arch, (0, 0, 1))[2]
-    positive = "out_dim hidden_dim bottleneck_dim student_temp teacher_temp global_size local_size epochs batch lr"
-    unit = "centre_momentum momentum"
-    natural = ("patch_size ef_out_dim lambda_orth lambda_reg local_views store_size min_lr warmup_epochs weight_decay "
-               "weight_decay_end clip freeze_epochs images seed profile")
-    rules = [(getattr(c, n) > 0, f"{flag(n)} {getattr(c, n)} must be greater than 0") for n in positive.split()]
-    rules += [(getattr(c, n) >= 0, f"{flag(n)} {getattr(c, n)} must be at least 0") for n in natural.split()]
-    rules += [(0 <= getattr(c, n) <= 1, f"{flag(n)} {getattr(c, n)} must lie in [0, 1]") for n in unit.split()]
-    rules += [(math.isfinite(v), f"{flag(n)} {v} must be a finite number")
-              for n, v in vars(c).items() if isinstance(v, float)]
-    rules += [(0 < v[0] <= v[1] <= 1, f"{flag(n)} {v[0]} {v[1]} must be two numbers with 0 < first <= second <= 1")
-              for n, v in vars(c).items() if isinstance(v, tuple)]
-    rules += [
-        (0 < c.ratio <= 1, f"--ratio {c.ratio} must lie in (0, 1]; the paper's is 0.8"),
-        (0 < ir, f"--ratio {c.ratio} leaves an IR of width 0 of the {dim} features of {c.arch}; raise it"),
-        (ir < dim or c.method == "dino", f"--ratio {c.ratio} leaves an EF of width 0; lower it, or say --method dino"),
-        (c.method == "clever" or c.ratio == 1, f"--method dino has no split: leave out --ratio {c.ratio}"),
-        (0 <= c.drop_path < 1, f"--drop-path {c.drop_path} must lie in [0, 1)"),
-        (c.workers >= -1, f"--workers {c.workers} must be at least 0, or -1 for one a core"),
-        (c.save_every > 0, f"--save-every {c.save_every} must be a positive number of minutes"),
-        (c.warmup_epochs <= c.epochs, f"--warmup-epochs {c.warmup_epochs} is longer than the run of {c.epochs} epochs"),
-        (c.arch in VIT or not c.patch_size, f"--patch-size {c.patch_size} is for a ViT; {c.arch} has no such patches"),
-        (c.global_size % patch == 0, f"--global-size {c.global_size} is not a multiple of the patch of {patch} px"),
-        (c.local_size % patch == 0 or not c.local_views,
-         f"--local-size {c.local_size} is not a multiple of the patch of {patch} px"),
-        (not c.blur or min(c.global_size, c.local_size if c.local_views else 99) > BLUR_RADIUS,
-         f"--blur needs views of more than {BLUR_RADIUS} px; enlarge them or say --no-blur"),
-        (c.device != "cuda" or torch.cuda.is_available(), "--device cuda: this machine has no GPU that torch can use"),
-        (c.precision != "fp16" or (c.device != "cpu" and torch.cuda.is_available()),
-         "--precision fp16 is for GPUs; use bf16 or fp32 on a CPU"),
-        (not c.resume or c.out, "--resume needs --out, the folder of the run to go on with"),
-    ]
-    for ok, sentence in rules:
+        if (value := getattr(c, name)) not in known:
+            raise UserError(f"{flag(name)} {value} is unknown{near(value, known)}; known: {', '.join(known)}")
+    for name, value in vars(c).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{flag(name)} {value} must be a finite number")
+        if isinstance(value, tuple) and not (len(value) == 2 and 0 < value[0] <= value[1] <= 1):
+            raise UserError(f"{flag(name)} must be two numbers with 0 < first <= second <= 1, not {value}")
+    ranges = {
+        "greater than 0": (lambda v: v > 0, "out_dim hidden_dim bottleneck_dim student_temp teacher_temp "
+                           "global_size local_size epochs batch lr save_every"),
+        "at least 0": (lambda v: v >= 0, "patch_size ef_out_dim lambda_orth lambda_reg local_views store_size min_lr "
+                       "warmup_epochs weight_decay weight_decay_end clip freeze_epochs images seed profile"),
+        "in [0, 1]": (lambda v: 0 <= v <= 1, "centre_momentum momentum"),
+        "in [0, 1)": (lambda v: 0 <= v < 1, "drop_path"),
+        "in (0, 1], the paper's is 0.8": (lambda v: 0 < v <= 1, "ratio"),
+        "at least 0, or -1 for one a core": (lambda v: v >= -1, "workers")}
+    for expected, (test, names) in ranges.items():
+        for name in names.split():
+            if not test(getattr(c, name)):
+                raise UserError(f"{flag(name)} {getattr(c, name)} must be {expected}")
+    dim, ir = EMBED_DIM[c.arch], int(c.ratio * EMBED_DIM[c.arch])
+    patch = c.patch_size or VIT.get(c.arch, (0, 0, 1, 0))[2]
+    smallest = min(c.global_size, c.local_size if c.local_views else c.global_size)
+    gpu = torch.cuda.is_available()
+    for ok, sentence in [
+            (ir > 0, f"--ratio {c.ratio} leaves an IR of width 0 in {dim} features; raise it"),
+            (ir < dim or c.method == "dino",
+             f"--ratio {c.ratio} leaves an EF of width 0; lower it, or say --method dino"),
+            (c.ratio == 1 or c.method != "dino", f"--method dino has no split; leave out --ratio {c.ratio}"),
+            (c.warmup_epochs <= c.epochs, f"--warmup-epochs {c.warmup_epochs} is over {c.epochs} epochs"),
+            (c.arch in VIT or not c.patch_size, f"--patch-size is for a ViT, not for {c.arch}; leave it out"),
+            (c.global_size % patch == 0,
+             f"--global-size {c.global_size} is no multiple of the patch of {patch} px"),
+            (c.local_size % patch == 0 or not c.local_views,
+             f"--local-size {c.local_size} is no multiple of the patch of {patch} px"),
+            (smallest > BLUR_RADIUS or not c.blur, f"--blur needs views over {BLUR_RADIUS} px; say --no-blur"),
+            (gpu or c.device != "cuda", "--device cuda: torch finds no GPU here; leave it out"),
+            (gpu and c.device != "cpu" or c.precision != "fp16",
+             "--precision fp16 is for a GPU; say bf16 or fp32"),
+            (c.out or not c.resume, "--resume needs --out, the folder of the run to go on with")]:
         if not ok:
             raise UserError(sentence)
 
 
-def parse(argv: list[str]) -> Config:
-    """The configuration of a command line: what is given, over the recipe that --data implies, over the defaults.
+def read_options(cls, argv: list[str], positional="", **about) -> dict:
+    """The options of a dataclass that a command line gives: {field: value}. A field's comment is its help.
 
-    Raises UserError for an unknown option or a value of the wrong type or out of range."""
-    helps = dict(re.findall(r"^    (\w+): \w+ = .*?# (.+)$", inspect.getsource(Config), re.M))
-    parser = argparse.ArgumentParser(prog="clever.py", usage="torchrun clever.py [options]", allow_abbrev=False,
-                                     description="Train CLeVER or DINO. Defaults: the paper's recipe for a folder of "
-                                     "images; smaller settings for cifar10, cifar100 and patterns (see --recipe).")
-    parser.error = lambda message: (_ for _ in ()).throw(UserError(message))
-    for f in dataclasses.fields(Config):
+    positional: a field without a flag; about: for argparse. Raises UserError for a wrong option or type."""
+    helps = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", inspect.getsource(cls), re.M))
+    parser = argparse.ArgumentParser(allow_abbrev=False, **about)
+
+    def fail(message):
+        raise UserError(message)
+    parser.error = fail
+    for f in dataclasses.fields(cls):
         kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else
-                dict(nargs=2, type=float, metavar=("FROM", "TO")) if f.type is tuple else
+                dict(nargs="+", type=type(f.default[0]) if f.default else str) if f.type is tuple else
                 dict(type=f.type, metavar=f.type.__name__.upper()))
-        text = f"{helps[f.name]} ({f.default})".replace("%", "%%")
-        parser.add_argument(flag(f.name), default=argparse.SUPPRESS, help=text, **kind)
-    known, unknown = parser.parse_known_args(argv)
+        name, text = flag(f.name), f"{helps[f.name]} ({f.default})".replace("%", "%%")
+        if f.name == positional:
+            name, kind = f.name, dict(nargs="?", metavar=f.name.upper())
+        parser.add_argument(name, default=argparse.SUPPRESS, help=text, **kind)
+    given, unknown = parser.parse_known_args(argv)
     if unknown:
-        options = [flag(f.name) for f in dataclasses.fields(Config)]
-        raise UserError(f"unknown option {unknown[0]}{near(unknown[0], options)}; --help lists all")
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in vars(known).items()}
+        options = [flag(f.name) for f in dataclasses.fields(cls)]
+        raise UserError(f"unknown option {unknown[0]}{near(unknown[0], options)}; --help lists them all")
+    return as_options(vars(given))
+
+
+def as_options(values: dict) -> dict:
+    """Lists, as argparse and JSON give them, as the tuples of `Config`."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
+def parse(argv: list[str]) -> Config:
+    """The configuration of a command line: what is given, over the recipe of the data, over the paper's.
+
+    Raises UserError for anything wrong with it."""
+    given = read_options(Config, argv, usage="[torchrun] clever.py [options]", prog="clever.py",
+                         description="Train CLeVER or DINO. The defaults are the paper's recipe for a folder of "
+                         "images; cifar10, cifar100 and patterns have their own.")
     if given.get("resume"):
         return resumed_config(given)
-    recipe = given.get("recipe", "auto")
+    data, recipe = given.get("data", "patterns"), given.get("recipe", "auto")
     if recipe == "auto":
-        recipe = {"patterns": "patterns", "cifar10": "cifar", "cifar100": "cifar"}.get(given.get("data", "patterns"), "paper")
-    cfg = Config(**{**RECIPES.get(recipe, {}), **given})
-    if cfg.method == "dino" and "ratio" not in given:
-        cfg.ratio = 1.0
+        recipe = {"patterns": "demo", "cifar10": "cifar", "cifar100": "cifar"}.get(data, "paper")
+    given = {**RECIPES.get(recipe, {}), **given}
+    if given.get("method") == "dino":
+        given.setdefault("ratio", 1.0)
+    cfg = Config(**given)
     check(cfg)
     return cfg
+
+
+def load_config(out) -> Config:
+    """The configuration of a run, from its folder. Raises UserError if it holds none."""
+    try:
+        return Config(**as_options(json.loads((Path(out) / "config.json").read_text())))
+    except (OSError, ValueError, TypeError, AttributeError) as e:
+        raise UserError(f"{out} holds no run ({e}); name the --out of one")
 
 
 def resumed_config(given: dict) -> Config:
-    """The configuration that a run was started with. Raises UserError where there is none or an option differs."""
-    check(Config(out=given.get("out", ""), resume=True))
-    try:
-        saved = json.loads((Path(given["out"]) / "config.json").read_text())
-        saved = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-        cfg = Config(**{**saved, **{k: v for k, v in given.items() if k in MAY_CHANGE}})
-    except (OSError, ValueError, TypeError, AttributeError) as e:
-        raise UserError(f"--resume: {given['out']} holds no run that can be resumed ({e})")
+    """The configuration of the run in --out. Raises UserError if there is none or a given option differs."""
+    if not given.get("out"):
+        raise UserError("--resume needs --out, the folder of the run to go on with")
+    cfg = load_config(given["out"])
+    cfg = dataclasses.replace(cfg, **{k: v for k, v in given.items() if k in MAY_CHANGE})
     for name, value in given.items():
         if name not in MAY_CHANGE and value != getattr(cfg, name):
-            raise UserError(f"{flag(name)} {value} differs from the run's {getattr(cfg, name)}: a resumed run keeps "
-                            "its settings; start a new one in another --out")
+            raise UserError(f"{flag(name)} {value} differs from the run's {getattr(cfg, name)}; leave it "
+                            "out, or start a new run in another --out")
     check(cfg)
     return cfg
 
 
-# ==================================================================================================================== #
-#  2. Augmentation: every geometric one is a change of coordinates; compose them, then sample once                     #
-# ==================================================================================================================== #
+# ======== 2. Augmentation: every geometric one is a change of coordinates; compose them, then sample once
 
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # of ImageNet, as the field normalises
-BLUR_RADIUS = 6                                              # pixels: 3 times the largest sigma
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet, as the field normalises
+BLUR_RADIUS = 6  # pixels: 3 times the largest sigma
+
+
+def seed_of(*key) -> int:
+    """A seed that is a function of the key (seed, step, ...) alone."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
 
 
 def generator(device, *key) -> torch.Generator:
-    """A random generator whose stream is a function of the key (seed, step, ...) alone."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    """A random generator with the seed of the key."""
+    return torch.Generator(device).manual_seed(seed_of(*key))
 
 
 def warp(images, size, box, flip, angle, shift=None):
-    """Sample one view of each image through the composed change of coordinates: crop, flip, rotation, elastic shift.
+    """One view of each image, sampled once through a composed change of coordinates: the paper's t, explicit.
 
-    images (B, 3, S, S); size of the view in pixels; box (B, 4), the crop's centre x, y and half extents x, y in the
-    image's [-1, 1] coordinates; flip (B,) bool; angle (B,) in degrees, counter-clockwise; shift (B, size, size, 2) in
-    the view's [-1, 1] coordinates, or None. Returns (B, 3, size, size), bilinear, black outside the crop.
-    Paper, section 3: a view is an image under a composition of transformations; here the composition is explicit."""
+    images (B, 3, S, S); size of the view in pixels; box (B, 4), the crop's centre x, y and half extents x, y in
+    the image's [-1, 1] coordinates; flip (B,) bool; angle (B,) in degrees, counter-clockwise; shift (B, size,
+    size, 2) in the view's [-1, 1] coordinates, or None. Returns (B, 3, size, size), black outside the crop."""
     axis = (torch.arange(size, device=images.device, dtype=images.dtype) * 2 + 1) / size - 1
-    point = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)[None]             # (1, s, s, 2): output pixels
+    point = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)[None]  # (1, s, s, 2): output pixels
     inside = True
     if shift is not None:
-        point = point + shift                                                            # elastic deformation
-        inside = (point.abs() <= 1).all(-1)                                              # (B, s, s)
-    x, y = point.unbind(-1)                                                              # each (B or 1, s, s)
+        point = point + shift  # elastic deformation
+        inside = (point.abs() <= 1).all(-1)  # (B, s, s)
+    x, y = point.unbind(-1)  # each (B or 1, s, s)
     cos, sin = angle.deg2rad().cos()[:, None, None], angle.deg2rad().sin()[:, None, None]
-    x, y = cos * x - sin * y, sin * x + cos * y                                          # rotation
-    inside = inside & (x.abs() <= 1) & (y.abs() <= 1)                                    # corners stay black
-    x = torch.where(flip[:, None, None], -x, x)                                          # flip
-    cx, cy, hx, hy = box.to(images.dtype)[:, :, None, None].unbind(1)                    # each (B, 1, 1)
-    grid = torch.stack([cx + hx * x, cy + hy * y], -1)                                   # crop: (B, s, s, 2)
+    x, y = cos * x - sin * y, sin * x + cos * y  # rotation
+    inside = inside & (x.abs() <= 1) & (y.abs() <= 1)  # corners stay black
+    x = torch.where(flip[:, None, None], -x, x)  # flip
+    cx, cy, hx, hy = box.to(images.dtype)[:, :, None, None].unbind(1)  # each (B, 1, 1)
+    grid = torch.stack([cx + hx * x, cy + hy * y], -1)  # crop: (B, s, s, 2)
     view = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return view * inside[:, None]
 
 
 def gaussian_matrix(size, sigma, radius):
-    """Matrices that convolve a signal with a Gaussian, mirrored at its ends: sigma (B,) in pixels -> (B, size, size).
+    """Matrices that blur a signal, mirrored at its ends: sigma (B,) in pixels -> (B, size, size).
 
     A blur of an image X is M X Mᵀ. Equals torchvision's gaussian_blur with a kernel of 2 radius + 1."""
     tap = torch.arange(-radius, radius + 1, device=sigma.device)
-    weight = torch.exp(-0.5 * (tap / sigma[:, None]) ** 2)                               # (B, 2 radius + 1)
+    weight = torch.exp(-0.5 * (tap / sigma[:, None]) ** 2)  # (B, 2 radius + 1)
     weight = weight / weight.sum(1, keepdim=True)
-    source = torch.arange(size, device=sigma.device)[:, None] + tap                      # (size, 2 radius + 1)
-    source = (size - 1) - ((size - 1) - source.abs()).abs()                              # mirrored into 0 .. size-1
+    source = torch.arange(size, device=sigma.device)[:, None] + tap  # (size, 2 radius + 1)
+    source = (size - 1) - ((size - 1) - source.abs()).abs()  # mirrored into 0 .. size-1
     matrix = sigma.new_zeros(len(sigma), size, size)
     return matrix.scatter_add_(2, source.expand(len(sigma), -1, -1), weight[:, None].expand(-1, size, -1))
 
@@ -281,7 +310,8 @@ def elastic_shift(noise, alpha, sigma):
 
     alpha: strength, sigma: smoothness, both in pixels, as in torchvision's ElasticTransform."""
     size = noise.shape[-1]
-    smooth = gaussian_matrix(size, noise.new_tensor([sigma]), min(size - 1, int(4 * sigma + 0.5)))
+    radius = min(size - 1, int(4 * sigma + 0.5))
+    smooth = gaussian_matrix(size, torch.full((1,), sigma, dtype=noise.dtype, device=noise.device), radius)
     return (smooth @ noise @ smooth.mT).permute(0, 2, 3, 1) * (alpha / size)
 
 
@@ -291,14 +321,14 @@ def gray(x):
 
 
 def shift_hue(x, turn):
-    """Turn the hue of RGB images in [0, 1] by turn (B,) of a full circle; value and chroma stay (torchvision's adjust_hue)."""
+    """Turn the hue of images (B, 3, h, w) by turn (B,) of a circle, as torchvision's adjust_hue."""
+    r, g, b = x.unbind(1)  # each (B, h, w)
     value, chroma = x.amax(1), x.amax(1) - x.amin(1)
-    r, g, b = x.unbind(1)
     safe = torch.where(chroma == 0, 1, chroma)
-    hue = torch.where(value == r, (g - b) / safe, torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    hue = hue + 6 * turn[:, None, None]                                                  # (B, h, w), in sixths
-    k = (hue[:, None] + torch.tensor([5.0, 3.0, 1.0], device=x.device, dtype=x.dtype)[:, None, None]) % 6
-    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
+    hue = torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
+    hue = torch.where(value == r, (g - b) / safe, hue) + 6 * turn[:, None, None]  # in sixths of the circle
+    shares = [(hue + offset) % 6 for offset in (5, 3, 1)]  # of red, green, blue
+    return torch.stack([value - chroma * torch.minimum(k, 4 - k).clamp(0, 1) for k in shares], 1)
 
 
 def color_jitter(x, brightness, contrast, saturation, hue, order=(0, 1, 2, 3)):
@@ -315,11 +345,11 @@ def color_jitter(x, brightness, contrast, saturation, hue, order=(0, 1, 2, 3)):
 
 def normalize(x):
     """Subtract ImageNet's mean and divide by its standard deviation: (B, 3, h, w), channel by channel."""
-    return (x - x.new_tensor(MEAN)[:, None, None]) / x.new_tensor(STD)[:, None, None]
+    return torch.stack([(x[:, c] - MEAN[c]) / STD[c] for c in range(3)], 1)
 
 
 class MultiCrop(nn.Module):
-    """V views of each image (2 global, then local), made on the batch, on the device (paper, section 4; DINO).
+    """V views of each image (2 global, then local), made on the batch, on the device (paper, section 4).
 
     All random numbers are a function of (seed, step), drawn for the global batch and sliced by rank."""
 
@@ -330,14 +360,15 @@ class MultiCrop(nn.Module):
     def draw(self, view: int, batch: int, gen) -> dict:
         """The random parameters of one view of `batch` images, each a tensor with that many rows."""
         cfg, device, local = self.cfg, gen.device, view >= 2
-        between = lambda low, high, *shape: low + (high - low) * torch.rand(*shape, batch, generator=gen, device=device)
+        uniform = lambda *shape: torch.rand(*shape, batch, generator=gen, device=device)
+        between = lambda low, high, *shape: low + (high - low) * uniform(*shape)
         chance = lambda p: between(0, 1) < p
         jitter = chance(0.8)
         blur = chance((1.0, 0.1, 0.5)[min(view, 2)] * cfg.blur)
         return dict(
-            area=between(*(cfg.local_scale if local else cfg.global_scale), 10).T,       # (B, 10): tries of the crop
-            ratio=between(math.log(3 / 4), math.log(4 / 3), 10).exp().T,                 # width / height, in pixels
-            place=between(0, 1, 2).T,                                                    # (B, 2): x, y of the crop
+            area=between(*(cfg.local_scale if local else cfg.global_scale), 10).T,  # (B, 10): 10 tries
+            ratio=between(math.log(3 / 4), math.log(4 / 3), 10).exp().T,  # width / height, in pixels
+            place=between(0, 1, 2).T,  # (B, 2): x, y of the crop
             flip=chance(0.5),
             angle=between(-90, 90) * (cfg.aug != "baug"),
             elastic=chance(0.5 * (cfg.aug == "caug+")),
@@ -346,7 +377,7 @@ class MultiCrop(nn.Module):
             saturation=torch.where(jitter, between(0.8, 1.2), 1),
             hue=torch.where(jitter, between(-0.1, 0.1), 0),
             gray=chance(0.2),
-            sigma=torch.where(blur, between(0.1, 2.0), 1e-3),                            # 1e-3: no blur at all
+            sigma=torch.where(blur, between(0.1, 2.0), 1e-3),  # 1e-3: no blur at all
             solarize=chance(0.2 * (view == 1)))
 
     @staticmethod
@@ -354,13 +385,14 @@ class MultiCrop(nn.Module):
         """Boxes of random resized crops (torchvision's rule: 10 tries, then the centre): (B, 4) for `warp`.
 
         area, ratio (B, 10), place (B, 2) of `draw`; aspect (B,), width / height of the original image."""
-        w = (area * ratio / aspect[:, None]).sqrt()                                      # (B, 10), of the width
-        h = (area / ratio * aspect[:, None]).sqrt()                                      # (B, 10), of the height
+        w = (area * ratio / aspect[:, None]).sqrt()  # (B, 10), of the width
+        h = (area / ratio * aspect[:, None]).sqrt()  # (B, 10), of the height
         fits = (w <= 1) & (h <= 1)
-        first = fits.int().argmax(1, keepdim=True)                                       # (B, 1)
-        inner = aspect.clamp(3 / 4, 4 / 3) / aspect                                      # centre crop of nearest ratio
-        fallback = torch.stack([inner.clamp(max=1), (1 / inner).clamp(max=1)], 1)        # (B, 2)
-        half = torch.where(fits.any(1, keepdim=True), torch.cat([w.gather(1, first), h.gather(1, first)], 1), fallback)
+        first = fits.int().argmax(1, keepdim=True)  # (B, 1)
+        inner = aspect.clamp(3 / 4, 4 / 3) / aspect  # centre crop of nearest ratio
+        fallback = torch.stack([inner.clamp(max=1), (1 / inner).clamp(max=1)], 1)  # (B, 2)
+        drawn = torch.cat([w.gather(1, first), h.gather(1, first)], 1)  # (B, 2)
+        half = torch.where(fits.any(1, keepdim=True), drawn, fallback)
         centre = torch.where(fits.any(1, keepdim=True), (2 * place - 1) * (1 - half), 0)
         return torch.cat([centre, half], 1)
 
@@ -368,13 +400,13 @@ class MultiCrop(nn.Module):
         """One view from its parameters p: images (B, 3, S, S) in [0, 1] -> (B, 3, size, size), normalised."""
         shift = None
         if noise is not None:
-            scale = size / 224                                                           # alpha 100, sigma 5 at 224 px
+            scale = size / 224  # alpha 100, sigma 5 at 224 px
             shift = elastic_shift(noise, 100 * scale, 5 * scale) * p["elastic"][:, None, None, None]
         x = warp(images, size, p["box"], p["flip"], p["angle"], shift)
         x = color_jitter(x, p["brightness"], p["contrast"], p["saturation"], p["hue"], order)
         x = torch.where(p["gray"][:, None, None, None], gray(x), x)
         if self.cfg.blur:
-            matrix = gaussian_matrix(size, p["sigma"], BLUR_RADIUS)[:, None].to(x.dtype)     # (B, 1, size, size)
+            matrix = gaussian_matrix(size, p["sigma"], BLUR_RADIUS)[:, None].to(x.dtype)  # (B, 1, size, size)
             x = matrix @ x @ matrix.mT
         x = torch.where(p["solarize"][:, None, None, None] & (x >= 0.5), 1 - x, x)
         return normalize(x)
@@ -385,7 +417,7 @@ class MultiCrop(nn.Module):
         cfg, batch = self.cfg, len(images)
         mine = slice(self.rank * batch, (self.rank + 1) * batch)
         gen = generator(images.device, cfg.seed, "views", step)
-        orders = random.Random(f"{cfg.seed} {step}")                                     # known without asking the device
+        orders = random.Random(f"{cfg.seed} {step}")  # known without asking the device
         images, views = images.to(torch.float32) / 255, []
         for view in range(2 + cfg.local_views):
             size = cfg.global_size if view < 2 else cfg.local_size
@@ -393,17 +425,26 @@ class MultiCrop(nn.Module):
             p["box"] = self.crop_box(p["area"], p["ratio"], p["place"], aspect)
             noise = None
             if cfg.aug == "caug+":
-                noise = torch.rand(batch * self.world, 2, size, size, generator=gen, device=images.device)[mine] * 2 - 1
+                shape = batch * self.world, 2, size, size
+                noise = torch.rand(shape, generator=gen, device=images.device)[mine] * 2 - 1
             views.append(self.make_view(images, size, p, orders.sample(range(4), 4), noise))
         return views
 
 
-# ==================================================================================================================== #
-#  3. Backbones: parameter names are timm's (ViT), torchvision's (ResNet) and the original's (VMamba)                  #
-# ==================================================================================================================== #
+# ======== 3. Backbones: parameter names are timm's (ViT), torchvision's (ResNet) and the original's (VMamba)
 
-VIT = {"vit_micro": (4, 3, 8), "vit_tiny": (12, 3, 16), "vit_small": (12, 6, 16), "vit_base": (12, 12, 16)}
-#                   blocks, heads, patch
+#       blocks, heads, patch, std of the weights (0.02 leaves the blocks of a narrow ViT nearly linear)
+VIT = {"vit_micro": (4, 3, 8, 0.06), "vit_tiny": (12, 3, 16, 0.02), "vit_small": (12, 6, 16, 0.02),
+       "vit_base": (12, 12, 16, 0.02)}
+
+
+def init_linear(module, std=0.02):
+    """Truncated-normal weights and zero biases in all linear layers of a module."""
+    for m in module.modules():
+        if isinstance(m, nn.Linear):
+            nn.init.trunc_normal_(m.weight, std=std)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
 
 
 class Attention(nn.Module):
@@ -420,8 +461,8 @@ class Attention(nn.Module):
 
     def forward(self, x):
         """(B, N, D) -> (B, N, D)."""
-        x = F.scaled_dot_product_attention(*self.project(x))                             # (B, h, N, D/h)
-        return self.proj(x.transpose(1, 2).flatten(2))                                   # (B, N, h, D/h) -> (B, N, D)
+        x = F.scaled_dot_product_attention(*self.project(x))  # (B, h, N, D/h)
+        return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, h, D/h) -> (B, N, D)
 
 
 class Block(nn.Module):
@@ -429,9 +470,10 @@ class Block(nn.Module):
 
     def __init__(self, dim, heads, drop_path):
         super().__init__()
-        self.norm1, self.attn, self.norm2 = nn.LayerNorm(dim, 1e-6), Attention(dim, heads), nn.LayerNorm(dim, 1e-6)
-        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
         self.drop_path = drop_path
+        self.norm1, self.attn = nn.LayerNorm(dim, 1e-6), Attention(dim, heads)
+        self.norm2, fc1, fc2 = nn.LayerNorm(dim, 1e-6), nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
 
     def forward(self, x):
         """(B, N, D) -> (B, N, D)."""
@@ -440,9 +482,9 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """ViT (arXiv 2010.11929) for images of any size that the patch divides: forward(x) -> (B, D), the CLS token."""
+    """ViT (arXiv 2010.11929) for images of any size that the patch divides: (B, 3, H, W) -> CLS token (B, D)."""
 
-    def __init__(self, img_size, patch_size, embed_dim, depth, heads, drop_path=0.0):
+    def __init__(self, img_size, patch_size, embed_dim, depth, heads, drop_path=0.0, init_std=0.02):
         super().__init__()
         self.embed_dim, self.patch_size = embed_dim, patch_size
         self.patch_embed = nn.Module()
@@ -452,22 +494,20 @@ class VisionTransformer(nn.Module):
         rates = torch.linspace(0, drop_path, depth).tolist()
         self.blocks = nn.ModuleList(Block(embed_dim, heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(embed_dim, 1e-6)
-        for p in [self.cls_token, self.pos_embed] + [m.weight for m in self.modules() if isinstance(m, nn.Linear)]:
-            nn.init.trunc_normal_(p, std=0.02)
-        for m in self.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.zeros_(m.bias)
+        for p in (self.cls_token, self.pos_embed):
+            nn.init.trunc_normal_(p, std=init_std)
+        init_linear(self, init_std)
 
     def tokens(self, x):
-        """Images (B, 3, H, W) -> CLS and patch tokens (B, 1 + N, D), position embeddings interpolated to H x W."""
-        x = self.patch_embed.proj(x)                                                     # (B, D, h, w)
-        cls_pos, pos = self.pos_embed[:, :1], self.pos_embed[:, 1:]                      # (1, 1, D), (1, n, D)
+        """Images (B, 3, H, W) -> tokens (B, 1 + N, D), CLS first; position embeddings interpolated to H x W."""
+        x = self.patch_embed.proj(x)  # (B, D, h, w)
+        cls_pos, pos = self.pos_embed[:, :1], self.pos_embed[:, 1:]  # (1, 1, D), (1, n, D)
         side = math.isqrt(pos.shape[1])
         if x.shape[2:] != (side, side):
-            pos = pos.view(1, side, side, -1).permute(0, 3, 1, 2)                        # (1, D, side, side)
-            pos = F.interpolate(pos, size=x.shape[2:], mode="bicubic").flatten(2).mT     # (1, h*w, D)
-        cls = (self.cls_token + cls_pos).expand(len(x), -1, -1)                          # (B, 1, D)
-        return torch.cat([cls, x.flatten(2).mT + pos], 1)                                # (B, 1 + h*w, D)
+            pos = pos.view(1, side, side, -1).permute(0, 3, 1, 2)  # (1, D, side, side)
+            pos = F.interpolate(pos, size=x.shape[2:], mode="bicubic").flatten(2).mT  # (1, h*w, D)
+        cls = (self.cls_token + cls_pos).expand(len(x), -1, -1)  # (B, 1, D)
+        return torch.cat([cls, x.flatten(2).mT + pos], 1)  # (B, 1 + h*w, D)
 
     def get_intermediate_layers(self, x, n=1):
         """The normalised tokens after each of the last n blocks: a list of n tensors (B, 1 + N, D)."""
@@ -483,7 +523,7 @@ class VisionTransformer(nn.Module):
         x = self.tokens(x)
         for block in self.blocks[:-1]:
             x = block(x)
-        q, k, _ = self.blocks[-1].attn.project(self.blocks[-1].norm1(x))                 # each (B, h, 1 + N, D/h)
+        q, k, _ = self.blocks[-1].attn.project(self.blocks[-1].norm1(x))  # each (B, h, 1 + N, D/h)
         return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
 
     def forward(self, x):
@@ -491,48 +531,236 @@ class VisionTransformer(nn.Module):
         return self.get_intermediate_layers(x)[0][:, 0]
 
 
-# VMAMBA
+# VMamba-Tiny, arXiv 2401.10166; its scan goes back to Mamba, arXiv 2312.00752. B batch, D channels, H, W map,
+# L = H W, K = 4 scan directions, R rank of the time step. Maps are channel last, (B, H, W, D). Sequences are
+# cut in S chunks of T steps, about sqrt(L) each, the last one filled up with zeros.
+
+
+def chunking(H, W):
+    """Steps T of a chunk and the number S of chunks of a sequence of H W steps."""
+    T = math.isqrt(H * W - 1) + 1  # ceil(sqrt(L))
+    return T, -(-H * W // T)  # T, S
+
+
+def cross_scan(x):
+    """Reads a map (B, H, W, D), or one per direction (B, H, W, K, D), in 4 directions. -> (B, K, S T, D)."""
+    x = x.unsqueeze(3).expand(-1, -1, -1, 4, -1) if x.dim() == 4 else x  # (B, H, W, K, D)
+    (B, H, W, K, D), (T, S) = x.shape, chunking(*x.shape[1:3])
+    s = x.new_empty(B, K, S * T, D, dtype=torch.promote_types(x.dtype, torch.float32))  # halves to fp32
+    s[:, :, H * W:] = 0
+    s0, s1, s2, s3 = s[:, :, :H * W].unbind(1)  # (B, L, D) each
+    s0.view(B, H, W, D).copy_(x[:, :, :, 0])  # right, then down
+    s1.view(B, W, H, D).copy_(x[:, :, :, 1].transpose(1, 2))  # down, then right
+    s2.view(B, H, W, D).copy_(x[:, :, :, 2].flip(1, 2))  # the reverse of 0
+    s3.view(B, W, H, D).copy_(x[:, :, :, 3].flip(1, 2).transpose(1, 2))  # the reverse of 1
+    return s
+
+
+def cross_unscan(y, H, W):
+    """Undoes `cross_scan`; the sum is the cross merge. (B, K, S T, D) -> K maps (B, H, W, D)."""
+    y0, y1, y2, y3 = y[:, :, :H * W].unbind(1)  # (B, L, D) each
+    return (y0.unflatten(1, (H, W)), y1.unflatten(1, (W, H)).transpose(1, 2),
+            y2.unflatten(1, (H, W)).flip(1, 2), y3.unflatten(1, (W, H)).transpose(1, 2).flip(1, 2))
+
+
+def chunk_starts(a, b, chunks):
+    """h_t = a_t h_(t-1) + b_t on entering each chunk. a, b: T steps of all chunks (B, K, S, D) -> same."""
+    g, P = b[0], a[0]  # the state when h = 0 on entering, the product of a; of all chunks at once
+    for a_t, b_t in zip(a[1:], b[1:]):
+        g, P = torch.addcmul(b_t, a_t, g), P * a_t
+    c = torch.zeros_like(g)
+    for s, after in zip(chunks, chunks[1:]):  # c_(s+1) = g_s + P_s c_s
+        torch.addcmul(g[:, :, s], P[:, :, s], c[:, :, s], out=c[:, :, after])
+    return c
+
+
+def chunk_scan_(a, b, h):
+    """h_t = a_t h_(t-1) + b_t from h on entering each chunk, all chunks at once. b becomes h."""
+    for a_t, b_t in zip(a, b):
+        h = b_t.addcmul_(a_t, h)
+
+
+class SelectiveScan(torch.autograd.Function):
+    """Selective scan (Mamba, 2312.00752; one state per channel) in the 4 directions of VMamba (2401.10166).
+
+    v (B, H, W, D), p (B, H, W, K, R + 2) with r | B | C, dt_weight (K, D, R), dt_bias (K, D), A_logs (K D, 1)
+    -> z (B, H, W, D), float32 (or float64): the cross merge of y_t = C_t h_t where, u = v in its order,
+        h_t = exp(delta_t A) h_(t-1) + delta_t B_t u_t,  delta_t = softplus(dt_weight r_t + dt_bias),
+        A = -exp(A_logs).
+    Kept for the backward: the inputs and h at the chunk starts. All else is computed again.
+    """
+
+    @staticmethod
+    def time_step(r, dt_weight, dt_bias, out=None):  # r (B, K, S T, R) -> (B, K, S T, D)
+        q = torch.matmul(r, dt_weight.to(r.dtype).transpose(1, 2), out=out)
+        return q.add_(dt_bias[:, None].to(r.dtype))
+
+    @staticmethod
+    def discretise(v, p, dt_weight, dt_bias, A_logs):
+        r, B, C = cross_scan(p).split([p.shape[4] - 2, 1, 1], 3)  # (B, K, S T, R), (B, K, S T, 1) twice
+        q = SelectiveScan.time_step(r, dt_weight, dt_bias)  # (B, K, S T, D)
+        # softplus: on the CPU F.softplus takes longer than the scan, logaddexp is as exact and ten times
+        # as fast; on a GPU logaddexp may round a small delta off
+        delta = torch.logaddexp(q, q.new_zeros(())) if q.device.type == "cpu" else F.softplus(q)
+        A = -A_logs.to(q.dtype).exp().view(p.shape[3], 1, -1)  # (K, 1, D)
+        steps = lambda x: x.unflatten(2, chunking(*v.shape[1:3])[::-1]).unbind(3)  # -> T views (B, K, S, D)
+        return r, B, C, delta, A, (delta * A).exp_(), cross_scan(v).mul_(delta).mul_(B), steps
+
+    @staticmethod
+    def forward(ctx, v, p, dt_weight, dt_bias, A_logs):
+        with torch.autocast(v.device.type, enabled=False):
+            _, _, C, _, _, a, h, steps = SelectiveScan.discretise(v, p, dt_weight, dt_bias, A_logs)
+            a, b = steps(a), steps(h)
+            c = chunk_starts(a, b, range(b[0].shape[2]))  # (B, K, S, D)
+            chunk_scan_(a, b, c)  # h = delta B u becomes h
+            ctx.save_for_backward(v, p, dt_weight, dt_bias, A_logs, c)
+            return reduce(torch.add, cross_unscan(h.mul_(C), *v.shape[1:3]))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dz):
+        v, p, dt_weight, dt_bias, A_logs, c = ctx.saved_tensors
+        H, W = v.shape[1:3]
+        with torch.autocast(v.device.type, enabled=False):
+            r, B, C, delta, A, a, h, steps = SelectiveScan.discretise(v, p, dt_weight, dt_bias, A_logs)
+            chunk_scan_(steps(a), steps(h), c)  # (B, K, S T, D)
+            dy = cross_scan(dz)  # (B, K, S T, D)
+            dC = torch.stack([(dy[:, k] * h[:, k]).sum(2, True) for k in range(p.shape[3])], 1)
+            # gamma_t = C_t dy_t + a_(t+1) gamma_(t+1): the same scan from the end, a taken from the next step
+            gamma = dy.mul_(C)
+            a_next = [*steps(a)[1:], F.pad(steps(a)[0][:, :, 1:], (0, 0, 0, 1))][::-1]
+            back = steps(gamma)[::-1]
+            chunk_scan_(a_next, back, chunk_starts(a_next, back, range(c.shape[2])[::-1]))
+            for a_t, h_before in zip(steps(a), (c, *steps(h))):
+                a_t.mul_(h_before)  # a_t h_(t-1), in the place of a
+            u = cross_scan(v)
+            dq = torch.mul(u, B, out=h).addcmul_(a, A).mul_(gamma)  # ddelta = gamma (B u + A a h_(t-1))
+            gamma.mul_(delta)
+            dB = u.mul_(gamma).sum(3, keepdim=True)  # (B, K, S T, 1)
+            dA = a.mul_(gamma).sum((0, 2))  # (K, D)
+            dv = reduce(torch.add, cross_unscan(gamma.mul_(B), H, W))  # (B, H, W, D)
+            dq.mul_(SelectiveScan.time_step(r, dt_weight, dt_bias, out=u).sigmoid_())  # (B, K, S T, D)
+            dp = torch.cat([torch.matmul(dq, dt_weight.to(dq.dtype)), dB, dC], 3)  # (B, K, S T, R + 2)
+            dp = torch.stack(cross_unscan(dp, H, W), 3)  # (B, H, W, K, R + 2)
+            dw = torch.matmul(dq.transpose(2, 3), r).sum(0)  # (K, D, R)
+            grads = dv, dp, dw, dq.sum((0, 2)), (A[:, 0] * dA).view_as(A_logs)
+            return tuple(g.to(x.dtype) for g, x in zip(grads, ctx.saved_tensors))
+
+
+selective_scan = torch.compiler.disable(SelectiveScan.apply)  # torch.compile would unroll the loops
+
+
+def recompute(x, cheap, linear):
+    """linear(cheap(x)), keeping x alone: the backward computes cheap(x) again, but not the matrix product."""
+    return checkpoint(lambda x: linear(cheap(x)), x, use_reentrant=False, preserve_rng_state=False)
+
+
+class SS2D(nn.Module):
+    """The 2-D selective scan operator of VMamba (2401.10166), no gate. (B, H, W, D) -> (B, H, W, D)."""
+
+    def __init__(self, dim, K=4):
+        super().__init__()
+        R = math.ceil(dim / 16)
+        self.x_proj_weight = nn.Parameter(torch.empty(K, R + 2, dim).uniform_(-dim ** -0.5, dim ** -0.5))
+        self.dt_projs_weight = nn.Parameter(torch.empty(K, dim, R).uniform_(-R ** -0.5, R ** -0.5))
+        t = torch.empty(K, dim).uniform_(math.log(0.001), math.log(0.1)).exp()  # softplus(bias), log-uniform
+        self.dt_projs_bias = nn.Parameter(t + torch.log(-torch.expm1(-t)))
+        self.A_logs = nn.Parameter(torch.zeros(K * dim, 1))
+        self.Ds = nn.Parameter(torch.ones(K * dim))
+        self.out_norm = nn.LayerNorm(dim)
+        self.in_proj = nn.Linear(dim, dim, bias=False)
+        self.conv2d = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.out_proj = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x, norm=nn.Identity()):
+        """SS2D(norm(x)): (B, H, W, D) -> (B, H, W, D); `norm` is the block's."""
+        t = recompute(x, norm, self.in_proj).permute(0, 3, 1, 2)  # (B, D, H, W)
+        v = F.silu(self.conv2d(t)).permute(0, 2, 3, 1)  # (B, H, W, D)
+        # a projection sees one pixel, so it may come before the cross scan: v is kept once, not 4 times
+        p = F.linear(v, self.x_proj_weight.flatten(0, 1))  # (B, H, W, K (R + 2))
+        p = p.unflatten(3, self.x_proj_weight.shape[:2])  # (B, H, W, K, R + 2)
+        z = selective_scan(v, p, self.dt_projs_weight, self.dt_projs_bias, self.A_logs)
+        z = z + self.Ds.view(p.shape[3], -1).sum(0) * v  # likewise: the merge of all Ds_k s_k
+        return recompute(z, lambda z: self.out_norm(z).to(v.dtype), self.out_proj)
+
+
+class VSSBlock(nn.Module):
+    """Block of VMamba (2401.10166): x + SS2D(norm(x)), then x + MLP(norm2(x)). (B, H, W, D) kept."""
+
+    def __init__(self, dim, drop_path):
+        super().__init__()
+        self.drop_path = drop_path
+        self.norm, self.op, self.norm2 = nn.LayerNorm(dim), SS2D(dim), nn.LayerNorm(dim)
+        self.mlp = nn.ModuleDict(OrderedDict(fc1=nn.Linear(dim, 4 * dim), fc2=nn.Linear(4 * dim, dim)))
+
+    def forward(self, x):
+        """(B, H, W, D) -> (B, H, W, D)."""
+        x = x + stochastic_depth(self.op(x, self.norm), self.drop_path, "row", self.training)
+        t = recompute(recompute(x, self.norm2, self.mlp["fc1"]), F.gelu, self.mlp["fc2"])
+        return x + stochastic_depth(t, self.drop_path, "row", self.training)
+
+
+class VMamba(nn.Module):
+    """VMamba-Tiny (2401.10166), no head: (B, 3, any height, any width) -> (B, dims[-1]).
+
+    Parameter names and order are the original's; Permute stands where the original has parameter-free layers.
+    """
+
+    def __init__(self, drop_path=0.2, dims=(96, 192, 384, 768), depths=(2, 2, 8, 2)):
+        super().__init__()
+        self.embed_dim = dims[-1]
+        first, last = Permute([0, 3, 1, 2]), Permute([0, 2, 3, 1])  # the channels
+        conv, half = partial(nn.Conv2d, kernel_size=3, stride=2, padding=1), dims[0] // 2
+        self.patch_embed = nn.Sequential(conv(3, half), last, nn.LayerNorm(half), first, nn.GELU(),
+                                         conv(half, dims[0]), last, nn.LayerNorm(dims[0]))
+        rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
+        self.layers = nn.Sequential()
+        for dim, wider, depth in zip(dims, (*dims[1:], None), depths):
+            stage = OrderedDict(blocks=nn.Sequential(*(VSSBlock(dim, next(rates)) for _ in range(depth))))
+            if wider:
+                stage["downsample"] = nn.Sequential(first, conv(dim, wider), last, nn.LayerNorm(wider))
+            self.layers.append(nn.Sequential(stage))
+        self.classifier = nn.Sequential(OrderedDict(norm=nn.LayerNorm(dims[-1])))
+        init_linear(self)
+
+    def forward(self, x):
+        """(B, 3, H, W) -> (B, dims[-1])."""
+        return self.classifier(self.layers(self.patch_embed(x))).mean((1, 2))  # (B, D)
 
 
 def build_backbone(arch: str, img_size: int, patch_size: int = 0, drop_path: float = 0.0) -> nn.Module:
     """A backbone f with .embed_dim: (B, 3, H, W) -> (B, D). img_size: side of the global views in pixels."""
     if arch in VIT:
-        depth, heads, patch = VIT[arch]
-        return VisionTransformer(img_size, patch_size or patch, EMBED_DIM[arch], depth, heads, drop_path)
+        depth, heads, patch, std = VIT[arch]
+        return VisionTransformer(img_size, patch_size or patch, EMBED_DIM[arch], depth, heads, drop_path, std)
     if arch == "vmamba_tiny":
-        return VMamba(drop_path=2 * drop_path)                                           # its authors' 0.2 where ViTs have 0.1
+        return VMamba(drop_path=2 * drop_path)  # its authors' 0.2 where ViTs have 0.1
     net = {"resnet18": torchvision.models.resnet18, "resnet50": torchvision.models.resnet50}[arch]()
     net.fc, net.embed_dim = nn.Identity(), EMBED_DIM[arch]
-    if img_size <= 64:                                                                   # keep the resolution of small images
+    if img_size <= 64:  # keep the resolution of small images
         net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
     return net.to(memory_format=torch.channels_last)
 
 
-# ==================================================================================================================== #
-#  4. Split and heads                                                                                                  #
-# ==================================================================================================================== #
+# ======== 4. Split and heads
 
 
 def split(z, ratio):
-    """z (..., D) -> IR z[:d], EF z[d:] with d = int(ratio * D) (paper, section 3.2). The one place that splits."""
+    """z (..., D) -> IR z[:d], EF z[d:] with d = int(ratio * D) (paper, section 3). The one place that splits."""
     d = int(ratio * z.shape[-1])
     return z[..., :d], z[..., d:]
 
 
 class ProjectionHead(nn.Module):
-    """h: (N, in_dim) -> cosines to out_dim prototypes (N, out_dim). A weight-normalised last layer with gain 1 (DINO)."""
+    """h (DINO's): cosines to out_dim prototypes, the rows of a weight-normalised last layer of gain 1."""
 
     def __init__(self, in_dim, out_dim=65536, hidden_dim=2048, bottleneck_dim=256):
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, hidden_dim), nn.GELU(),
-                                 nn.Linear(hidden_dim, bottleneck_dim))
+        self.mlp = nn.Sequential(nn.Linear(in_dim, hidden_dim), nn.GELU(), nn.Linear(hidden_dim, hidden_dim),
+                                 nn.GELU(), nn.Linear(hidden_dim, bottleneck_dim))
         self.prototypes = nn.Linear(bottleneck_dim, out_dim, bias=False)
-        for m in self.modules():
-            if isinstance(m, nn.Linear):
-                nn.init.trunc_normal_(m.weight, std=0.02)
-                if m.bias is not None:
-                    nn.init.zeros_(m.bias)
+        init_linear(self)
 
     def forward(self, x):
         """(N, in_dim) -> (N, out_dim)."""
@@ -540,7 +768,7 @@ class ProjectionHead(nn.Module):
 
 
 class CLeVER(nn.Module):
-    """Backbone f and heads h_IR, h_EF: a student or a teacher. With ratio 1 there is no EF and no h_EF: DINO."""
+    """Backbone f and heads h_IR, h_EF: a student or a teacher. With ratio 1 there is no h_EF: DINO."""
 
     def __init__(self, cfg: Config, drop_path=0.0):
         super().__init__()
@@ -555,7 +783,8 @@ class CLeVER(nn.Module):
         """V views (B, 3, h, w), equal sizes side by side -> z (V, B, D), one forward for each size."""
         sizes = [v.shape[-1] for v in views]
         groups = [torch.cat([v for v in views if v.shape[-1] == s]) for s in dict.fromkeys(sizes)]
-        return torch.cat([self.backbone(g) for g in groups]).unflatten(0, (len(views), -1))  # (V*B, D) -> (V, B, D)
+        z = torch.cat([self.backbone(g) for g in groups])  # (V*B, D)
+        return z.unflatten(0, (len(views), -1))  # (V, B, D)
 
     def project(self, z):
         """z (V, B, D) -> logits (V, B, K) of IR and (V, B, K') of EF (None without one)."""
@@ -567,9 +796,7 @@ class CLeVER(nn.Module):
         return self.project(self.embed(views))
 
 
-# ==================================================================================================================== #
-#  5. Losses (paper, section 3.3), as pure functions of logits and parameters                                          #
-# ==================================================================================================================== #
+# ======== 5. Losses (paper, section 3.3), as pure functions of logits and parameters
 
 
 def wide(x):
@@ -578,23 +805,23 @@ def wide(x):
 
 
 def sharpen(teacher, centre, temp):
-    """The teacher's distributions P = softmax((logits - c) / temp), without gradient: (..., K) -> (..., K)."""
+    """The teacher's distributions P = softmax((logits - c) / temp) without gradient: (..., K) -> (..., K)."""
     return F.softmax((wide(teacher.detach()) - centre.detach()) / temp, -1)
 
 
 def mean_over_pairs(term, student, teacher):
-    """Mean of term(P_i, logits_j) over the global views i and all views j != i: one pass over the student's views.
+    """Mean of term(P_i, logits_j) over the global views i and all views j != i, in one pass over the views.
 
-    student (V, B, K) logits, teacher (G, B, K) distributions, its first G views; term: (G', B, K), (B, K) -> (G', B)."""
+    student (V, B, K): logits; teacher (G, B, K): P of the first G views; term: (G', B, K), (B, K) -> (G', B)."""
     V, G, B = len(student), len(teacher), student.shape[1]
-    total = sum(term(teacher[[i for i in range(G) if i != j]], wide(student[j])).sum() for j in range(V))
-    return total / ((V - 1) * G * B)
+    others = lambda j: teacher if j >= G else torch.cat([teacher[:j], teacher[j + 1:]])
+    return sum(term(others(j), wide(student[j])).sum() for j in range(V)) / ((V - 1) * G * B)
 
 
 def invariance_loss(student, teacher, centre, student_temp=0.1, teacher_temp=0.04):
     """L_CL: mean of -P_i · log Q_j; views of one image agree in IR. It is DINO's loss.
 
-    student (V, B, K) and teacher (G, B, K): logits of h_IR, the teacher's of the first G views; centre (K,)."""
+    student (V, B, K), teacher (G, B, K): logits of h_IR, the teacher's of the first G views; centre (K,)."""
     def cross_entropy(P, logits):
         return -torch.einsum("gbk,bk->gb", P, F.log_softmax(logits / student_temp, -1))
     return mean_over_pairs(cross_entropy, student, sharpen(teacher, centre, teacher_temp))
@@ -605,13 +832,13 @@ def orthogonality_loss(student, teacher, centre, student_temp=0.1, teacher_temp=
 
     (Softmaxes are not negative, so the absolute value changes nothing; it is the paper's formula.)"""
     def cosine(P, logits):
-        Q = F.softmax(logits / student_temp, -1)                                         # (B, K)
+        Q = F.softmax(logits / student_temp, -1)  # (B, K)
         return (torch.einsum("gbk,bk->gb", P, Q) / (P.norm(dim=-1) * Q.norm(dim=-1))).abs()
     return mean_over_pairs(cosine, student, sharpen(teacher, centre, teacher_temp))
 
 
 def projector_regularization(head_ir, head_ef):
-    """L_PReg: |Σ‖θ‖² over h_IR - Σ‖θ‖² over h_EF| of two heads' parameters (modules): neither wins by growing."""
+    """L_PReg: |Σ‖θ‖² over h_IR - Σ‖θ‖² over h_EF| of two heads (modules): neither wins by growing."""
     square = lambda head: sum(torch.linalg.vector_norm(p) ** 2 for p in head.parameters())
     return (square(head_ir) - square(head_ef)).abs()
 
@@ -631,13 +858,11 @@ def clever_loss(cfg, student_logits, teacher_logits, centres, heads):
     return {**terms, "loss": loss}
 
 
-# ==================================================================================================================== #
-#  6. Collapse is watched, not hoped against                                                                           #
-# ==================================================================================================================== #
+# ======== 6. Collapse is watched, not hoped against
 
 
 def effective_rank(features) -> float:
-    """RankMe (arXiv 2210.02885): exponential of the entropy of the normalised singular values; features (N, d)."""
+    """RankMe (arXiv 2210.02885): exp of the entropy of the normalised singular values of features (N, d)."""
     s = torch.linalg.svdvals(features.double())
     p = s / s.sum() + 1e-7
     return float(torch.exp(-(p * p.log()).sum()))
@@ -646,7 +871,7 @@ def effective_rank(features) -> float:
 def collapse_metrics(features, probabilities) -> dict:
     """The ways in which a part (IR or EF) can collapse, from features (N, d) and the teacher's P (N, K).
 
-    entropy: mean of P's (ln K: uniform); kl_uniform: divergence of the mean P from uniform (ln K: one prototype);
+    entropy: mean of P's (ln K: uniform); kl_uniform: of the mean P from uniform (ln K: one prototype);
     std: of the normalised features, times √d (0: constant, about 1: healthy); rank: the effective rank."""
     P, mean = probabilities.double(), probabilities.double().mean(0)
     return dict(entropy=float(-torch.special.xlogy(P, P).sum(-1).mean()),
@@ -656,66 +881,67 @@ def collapse_metrics(features, probabilities) -> dict:
 
 
 def collapse_alarm(part: str, m: dict, K: int) -> str:
-    """One sentence when `collapse_metrics` of a part say collapse, with what to try; else an empty string."""
-    if m["entropy"] > 0.99 * math.log(K):
-        what, cure = "the teacher's output is uniform", "lower --teacher-temp or --lr, or freeze the prototypes for longer"
+    """One sentence when `collapse_metrics` of a part say collapse, with what to try; else an empty string.
+
+    A uniform teacher is an alarm in IR alone: L_Orth has nothing against it (README, results)."""
+    if part == "IR" and m["entropy"] > 0.99 * math.log(K):
+        what, cure = "the teacher's output is uniform", "lower --teacher-temp or --lr, raise --freeze-epochs"
     elif m["kl_uniform"] > 0.95 * math.log(K):
         what, cure = "one prototype takes every image", "lower --centre-momentum or raise --teacher-temp"
     elif m["std"] < 0.1 or m["rank"] < 2:
-        what, cure = "all images have nearly the same features", "lower --lr, raise --momentum or take a larger --batch"
+        what, cure = "all images have nearly the same features", "lower --lr, raise --momentum or --batch"
     else:
         return ""
-    return (f"COLLAPSE of {part}: {what} (entropy {m['entropy']:.2f} of at most {math.log(K):.2f}, divergence from uniform "
-            f"{m['kl_uniform']:.2f}, std {m['std']:.3f}, effective rank {m['rank']:.1f}). Try: {cure}.")
+    return (f"COLLAPSE of {part}: {what} (entropy {m['entropy']:.2f} of at most {math.log(K):.2f}, divergence of "
+            f"the mean {m['kl_uniform']:.2f}, std {m['std']:.3f}, effective rank {m['rank']:.1f}). Try: {cure}.")
 
 
-# ==================================================================================================================== #
-#  7. Data: a worker decodes and squashes to a square of bytes; small data sits decoded on the device                  #
-# ==================================================================================================================== #
+# ======== 7. Data: a worker decodes and squashes to a square of bytes; small data sits decoded on the device
 
 
 def draw_patterns(count: int, seed: int, side: int = 32):
-    """Two-tone periodic patterns of ten classes, none symmetric under a quarter turn: bytes (count, 3, side, side), labels.
+    """Two-tone periodic patterns of ten classes, none symmetric under a quarter turn.
 
-    Random period, phase, duty and a tilt of up to 10 degrees; nearly constant greys, for a palette is a shortcut."""
+    Returns bytes (count, 3, side, side) and labels. Random period, phase, duty and a tilt of up to 10 degrees;
+    nearly constant greys, for random ones are a shortcut that the network takes."""
     gen = generator("cpu", seed, "patterns")
     between = lambda low, high, *shape: low + (high - low) * torch.rand(count, *shape, generator=gen)
     labels = torch.arange(count) % 10
-    axis = (torch.arange(2 * side) + 0.5) / 2 - side / 2                                 # drawn at twice the size
-    y, x = torch.meshgrid(axis, axis, indexing="ij")                                     # y points down
+    axis = (torch.arange(2 * side) + 0.5) / 2 - side / 2  # drawn at twice the size
+    y, x = torch.meshgrid(axis, axis, indexing="ij")  # y points down
     column = lambda t: t[:, None, None]
-    tilt, period = column(between(-10, 10).deg2rad()), column(between(8, 15))
-    f = (x * tilt.cos() + y * tilt.sin()) / period + column(between(0, 1))               # (count, 2 side, 2 side)
-    g = (y * tilt.cos() - x * tilt.sin()) / period * column(between(0.9, 1.25)) + column(between(0, 1))
-    duty = column(between(0.35, 0.55))
+    tilt, period = column(between(-10, 10).deg2rad()), column(between(8, 11))
+    f = (x * tilt.cos() + y * tilt.sin()) / period + column(between(0, 1))  # (count, 2 side, 2 side)
+    g = (y * tilt.cos() - x * tilt.sin()) / period * column(between(0.95, 1.05)) + column(between(0, 1))
+    duty = column(between(0.4, 0.48))
     draw = [
-        lambda a, b, f, g, d: b < d,                                                     # stripes
-        lambda a, b, f, g, d: (g + (2 * a - 1).abs() / 2) % 1 < d,                       # zigzag
-        lambda a, b, f, g, d: ((2 * g) % 1 > d / 2) & ((f + 0.5 * ((2 * g) % 2).floor()) % 1 > d / 3),   # bricks
-        lambda a, b, f, g, d: (g + 0.15 * torch.sin(2 * math.pi * f)) % 1 < d,           # waves
-        lambda a, b, f, g, d: (b < d) & ((f + 0.5 * (g % 2).floor()) % 1 < 0.65),        # dashes
-        lambda a, b, f, g, d: b > (2 * a - 1).abs() + 0.3 - d / 2,                       # triangles
-        lambda a, b, f, g, d: ((a - 0.5) / 0.45) ** 2 + ((b - 0.5) / (0.5 * d)) ** 2 < 1,    # flat ellipses
-        lambda a, b, f, g, d: (b < d / 2) | ((b < 0.75) & ((2 * f) % 1 < d)),            # combs
-        lambda a, b, f, g, d: ((g + (2 * a - 1).abs()) % 1 < d) & (a > 0.12) & (a < 0.88),   # chevrons
-        lambda a, b, f, g, d: (g + 0.25 * ((2 * f) % 4).floor()) % 1 < d,                # steps
+        lambda a, b, f, g, d: b < d,  # stripes
+        lambda a, b, f, g, d: (g + (2 * a - 1).abs() / 2) % 1 < d,  # zigzag
+        lambda a, b, f, g, d: (2 * g % 1 > d / 2) & ((f + (2 * g % 2).floor() / 2) % 1 > d / 3),  # bricks
+        lambda a, b, f, g, d: (g + 0.15 * torch.sin(2 * math.pi * f)) % 1 < d,  # waves
+        lambda a, b, f, g, d: (b < d) & ((f + 0.5 * (g % 2).floor()) % 1 < 0.65),  # dashes
+        lambda a, b, f, g, d: b > (2 * a - 1).abs() + 0.3 - d / 2,  # triangles
+        lambda a, b, f, g, d: ((a - 0.5) / 0.45) ** 2 + ((b - 0.5) / (0.5 * d)) ** 2 < 1,  # flat ellipses
+        lambda a, b, f, g, d: (b < d / 2) | ((b < 0.75) & ((2 * f) % 1 < d)),  # combs
+        lambda a, b, f, g, d: ((g + (2 * a - 1).abs()) % 1 < d) & (a > 0.12) & (a < 0.88),  # chevrons
+        lambda a, b, f, g, d: (g + 0.25 * ((2 * f) % 4).floor()) % 1 < d,  # steps
     ]
     image = torch.empty(count, 2 * side, 2 * side)
     for c, bright in enumerate(draw):
         part = f[c::10], g[c::10]
         image[c::10] = bright(part[0] % 1, part[1] % 1, *part, duty[c::10]).float()
-    image = F.avg_pool2d(image[:, None], 2)                                              # (count, 1, side, side)
-    low, high = between(0.22, 0.28, 1, 1, 1), between(0.72, 0.78, 1, 1, 1)
+    image = F.avg_pool2d(image[:, None], 2)  # (count, 1, side, side)
+    low, high = between(0.12, 0.14, 1, 1, 1), between(0.86, 0.88, 1, 1, 1)
     image = low + (high - low) * image + 0.02 * torch.randn(image.shape, generator=gen)
     return (image.clamp(0, 1) * 255).byte().expand(-1, 3, -1, -1).contiguous(), labels
 
 
 def decode(path, side: int):
-    """Read an image file and squash it to bytes (3, side, side), bicubic; also its width / height. EXIF is obeyed."""
+    """Read an image file, turned as its EXIF says, squashed to bytes (3, side, side); its width / height."""
     with Image.open(path) as image:
-        image.draft("RGB", (side, side))                                                 # a JPEG decodes smaller, but no less
+        image.draft("RGB", (side, side))  # a JPEG decodes smaller, but no less
         image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):                                                   # 16 bits: keep the upper 8
+        if image.mode.startswith("I"):  # 16 bits: keep the upper 8
             image = image.point(lambda v: v / 256).convert("L")
         aspect = image.width / image.height
         image = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
@@ -723,9 +949,10 @@ def decode(path, side: int):
 
 
 class Images(Dataset):
-    """One split of a data set. Item i: (bytes (3, S, S), width / height, i), read from `paths` or taken from `pixels`.
+    """One split of a data set, as files (`paths`) or in memory (`pixels`).
 
-    A file that cannot be read is replaced by the next one that can, and its index is returned as -1 - i."""
+    Item i: bytes (3, S, S), width / height, i. A file that cannot be read is replaced by the next one that can,
+    and i is returned as -1 - i."""
 
     def __init__(self, side, labels, classes, paths=None, pixels=None):
         self.side, self.labels, self.classes = side, torch.as_tensor(labels), classes
@@ -739,13 +966,12 @@ class Images(Dataset):
         return len(self.labels)
 
     def __getitem__(self, i):
-        for k in range(len(self)):
-            j = (i + k) % len(self)
+        for k in range(min(len(self), 100)):
             try:
-                return *decode(self.paths[j], self.side), i if k == 0 else -1 - i
-            except Exception as e:                                                       # whatever a broken file provokes
-                self.reason = f"{type(e).__name__}: {e}"
-        raise RuntimeError(f"none of the {len(self)} images could be read ({self.reason})")
+                return *decode(self.paths[(i + k) % len(self)], self.side), i if k == 0 else -1 - i
+            except Exception:  # whatever a broken file provokes
+                continue
+        return torch.zeros(3, self.side, self.side, dtype=torch.uint8), 1.0, -1 - i  # the epoch's end stops it
 
     def keep(self, indices):
         """Reduce the split to these images, in this order."""
@@ -759,17 +985,19 @@ class Images(Dataset):
         """Remember the images that could not be read; name each once."""
         for i in {-1 - int(i) for i in indices if i < 0} - self.bad:
             self.bad.add(i)
-            tqdm.write(f"warning: cannot read {self.paths[i]}, another image takes its place", file=sys.stderr)
+            tqdm.write(f"warning: cannot read {self.paths[i]}, another image takes its place", sys.stderr)
 
     def stream(self, batches, device, workers):
         """Yield (bytes (B, 3, S, S), aspect (B,)) on the device for each list of indices."""
         if self.pixels is not None:
             for indices in batches:
-                indices = torch.as_tensor(indices).to(self.pixels.device, non_blocking=True)
-                yield self.pixels[indices].to(device), self.aspect[indices.to(self.aspect.device)].to(device)
+                indices = torch.as_tensor(indices)
+                if self.pixels.device.type == "cuda":
+                    indices = indices.pin_memory().to(self.pixels.device, non_blocking=True)
+                yield self.pixels[indices].to(device), self.aspect[indices].to(device)
             return
-        loader = DataLoader(self, batch_sampler=batches, num_workers=workers, pin_memory=device.type == "cuda",
-                            worker_init_fn=quiet_worker, prefetch_factor=4 if workers else None)
+        loader = DataLoader(self, batch_sampler=batches, num_workers=workers, worker_init_fn=quiet_worker,
+                            prefetch_factor=4 if workers else None, pin_memory=device.type == "cuda")
         for pixels, aspect, indices in loader:
             self.note_bad(indices.tolist())
             yield pixels.to(device, non_blocking=True), aspect.float().to(device, non_blocking=True)
@@ -778,11 +1006,12 @@ class Images(Dataset):
         """Keep all images decoded in the device's memory, if they fill at most a quarter of it."""
         if device.type == "cuda":
             memory = torch.cuda.get_device_properties(device).total_memory
-        else:                                                                            # shared by a machine's processes
-            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        else:  # shared by a machine's processes
+            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+            memory //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if self.pixels is None and allowed and len(self) * 3 * self.side ** 2 <= memory / 4:
             chunks = [range(i, min(i + 64, len(self))) for i in range(0, len(self), 64)]
-            bar = tqdm(self.stream(chunks, device, workers), "decode", len(chunks), unit_scale=64, unit=" images",
+            bar = tqdm(self.stream(chunks, device, workers), "decode", len(chunks), unit=" batches",
                        disable=not sys.stderr.isatty() or distributed()[0] > 0, leave=False)
             self.pixels, self.aspect = map(torch.cat, zip(*bar))
         elif self.pixels is not None:
@@ -790,14 +1019,14 @@ class Images(Dataset):
 
 
 def quiet_worker(_):
-    """A stop signal is for the main process: it finishes its step, with the data that its workers still bring."""
+    """A stop signal is for the main process: it finishes its step, with the data its workers still bring."""
     torch.set_num_threads(1)
     for s in (signal.SIGINT, signal.SIGTERM):
         signal.signal(s, signal.SIG_IGN)
 
 
 def load_images(data: str, split: str, side: int) -> Images:
-    """The split "train" or "val" of a data set, at side x side pixels. Raises UserError where there is none."""
+    """The split "train" or "val" of a data set at side x side pixels. Raises UserError where there is none."""
     if data == "patterns":
         pixels, labels = draw_patterns(*{"train": (4096, 0), "val": (2000, 1)}[split])
         return Images(side, labels, [str(c) for c in range(10)], pixels=pixels)
@@ -806,9 +1035,9 @@ def load_images(data: str, split: str, side: int) -> Images:
         try:
             cifar = kind(".data", train=split == "train", download=True)
         except Exception as e:
-            raise UserError(f"--data {data}: neither in .data nor to be downloaded ({e}); check the network, or name a "
-                            "folder of images")
-        return Images(side, cifar.targets, cifar.classes, pixels=torch.from_numpy(cifar.data).permute(0, 3, 1, 2))
+            raise UserError(f"--data {data}: neither in .data nor to be downloaded ({e}); name a folder")
+        pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()  # (N, 3, 32, 32)
+        return Images(side, cifar.targets, cifar.classes, pixels=pixels)
     folder = Path(data) / split
     if not Path(data).is_dir():
         raise UserError(f"--data {data} is no folder, and none of patterns, cifar10, cifar100"
@@ -818,38 +1047,23 @@ def load_images(data: str, split: str, side: int) -> Images:
     try:
         files = torchvision.datasets.ImageFolder(folder)
     except (FileNotFoundError, OSError) as e:
-        raise UserError(f"--data {folder}: {str(e).split(' Supported')[0].rstrip('.')}; expected <class>/<images>")
+        what = str(e).split(" Supported")[0].rstrip(".")
+        raise UserError(f"--data {folder}: {what}; expected <class>/<images>")
     return Images(side, files.targets, files.classes, paths=[path for path, _ in files.samples])
 
 
-def epoch_order(count: int, cfg: Config, epoch: int):
-    """The order of an epoch's images, a function of (seed, epoch): a permutation of range(count)."""
-    return torch.randperm(count, generator=generator("cpu", cfg.seed, "order", epoch))
+def batches(count: int, cfg: Config, start: int, stop: int, rank=0, world=1):
+    """Yield this process's image indices, step by step; an epoch's order is a function of (seed, epoch)."""
+    per_epoch, size, epoch = count // cfg.batch, cfg.batch // world, None
+    for step in range(start, stop):
+        if step // per_epoch != epoch:
+            epoch = step // per_epoch
+            order = torch.randperm(count, generator=generator("cpu", cfg.seed, "order", epoch))
+        first = step % per_epoch * cfg.batch + rank * size
+        yield order[first:first + size].tolist()
 
 
-class Batches:
-    """This rank's lists of image indices, step after step, from any step on: a batch sampler that spans all epochs."""
-
-    def __init__(self, count, cfg, start, stop, rank, world):
-        self.count, self.cfg, self.steps, self.rank = count, cfg, range(start, stop), rank
-        self.per_epoch, self.size = count // cfg.batch, cfg.batch // world
-
-    def __len__(self):
-        return len(self.steps)
-
-    def __iter__(self):
-        epoch = None
-        for step in self.steps:
-            if step // self.per_epoch != epoch:
-                epoch = step // self.per_epoch
-                order = epoch_order(self.count, self.cfg, epoch)
-            first = step % self.per_epoch * self.cfg.batch + self.rank * self.size
-            yield order[first:first + self.size].tolist()
-
-
-# ==================================================================================================================== #
-#  8. One training step                                                                                                #
-# ==================================================================================================================== #
+# ======== 8. One training step
 
 
 def cosine_schedule(start: float, end: float, steps: int, warmup: int = 0) -> list[float]:
@@ -865,33 +1079,35 @@ def distributed() -> tuple[int, int]:
 
 
 def pick_precision(name: str, device: torch.device):
-    """The dtype of autocast, or None for float32 throughout. A CPU takes bf16 where it has instructions for it."""
+    """The dtype of autocast, or None for float32. auto: bf16 on a CPU that has instructions for it."""
     if name == "auto" and device.type == "cuda":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif name == "auto":
-        name = "bf16" if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported() else "fp32"
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        name = "bf16" if fast else "fp32"
     return {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}[name]
 
 
 class Training:
-    """All that changes while training: student, teacher, optimiser, centres, and the schedules that drive them."""
+    """All that changes while training: student, teacher, optimiser, centres, and their schedules."""
 
     def __init__(self, cfg: Config, steps_per_epoch: int, device="cpu"):
         self.cfg, self.device, self.steps_per_epoch = cfg, torch.device(device), steps_per_epoch
         self.rank, self.world = distributed()
         torch.manual_seed(cfg.seed)
         self.student = CLeVER(cfg, cfg.drop_path).to(device)
-        self.teacher = CLeVER(cfg).to(device).requires_grad_(False)                      # in train mode, without drop path
+        self.teacher = CLeVER(cfg).to(device).requires_grad_(False)  # in train mode, without drop path
         if self.world > 1 and any(isinstance(m, nn.BatchNorm2d) for m in self.student.modules()):
             if self.device.type == "cpu":
-                raise UserError(f"--arch {cfg.arch} has batch norm, which torch synchronises on GPUs only; on a CPU use "
-                                "one process or a ViT")
-            self.student, self.teacher = map(nn.SyncBatchNorm.convert_sync_batchnorm, (self.student, self.teacher))
+                raise UserError(f"--arch {cfg.arch} has batch norm, which torch synchronises on GPUs only; "
+                                "on a CPU start one process, or take a ViT")
+            convert = nn.SyncBatchNorm.convert_sync_batchnorm
+            self.student, self.teacher = convert(self.student), convert(self.teacher)
         self.teacher.load_state_dict(self.student.state_dict())
-        named = [(n, p) for n, p in self.student.named_parameters()]
-        free = [p for n, p in named if p.ndim == 1 or n.endswith(".bias")]               # free of weight decay
-        decayed = [p for n, p in named if not (p.ndim == 1 or n.endswith(".bias"))]
-        self.optimizer = torch.optim.AdamW([dict(params=decayed), dict(params=free, weight_decay=0.0)], fused=True)
+        groups = [dict(params=[]), dict(params=[], weight_decay=0.0)]
+        for name, p in self.student.named_parameters():
+            groups[p.ndim == 1 or name.endswith(".bias")]["params"].append(p)
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.dtype = pick_precision(cfg.precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
         heads = [h for h in (self.student.head_ir, self.student.head_ef) if h is not None]
@@ -906,7 +1122,7 @@ class Training:
             self.loss = torch.compile(clever_loss)
         if self.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            self.ddp = nn.parallel.DistributedDataParallel(self.student, device_ids=ids, broadcast_buffers=False,
+            self.ddp = nn.parallel.DistributedDataParallel(self.student, ids, broadcast_buffers=False,
                                                            gradient_as_bucket_view=True)
 
     def autocast(self):
@@ -915,8 +1131,9 @@ class Training:
 
     def state_dict(self) -> dict:
         """Everything that a resumed run needs, as plain tensors and numbers."""
-        return dict(student=self.student.state_dict(), teacher=self.teacher.state_dict(), centres=self.centres,
-                    optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict())
+        return dict(student=self.student.state_dict(), teacher=self.teacher.state_dict(),
+                    optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), centres=self.centres,
+                    backbone=self.teacher.backbone.state_dict())
 
     def load_state_dict(self, state: dict) -> None:
         """Raises RuntimeError, KeyError or ValueError where a part is missing or does not fit."""
@@ -930,10 +1147,14 @@ class Training:
 
 @torch.no_grad()
 def clip_gradients(parameters, limit: float) -> None:
-    """Scale each parameter's gradient, on its own, to a norm of at most `limit` (DINO); never waits for the device."""
+    """Scale each parameter's gradient, on its own, to a norm of at most `limit` (DINO), without waiting."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    factors = [limit / (norm + 1e-6) for norm in torch._foreach_norm(gradients)]
-    torch._foreach_mul_(gradients, [f.clamp(max=1) for f in factors])
+    factors = torch._foreach_norm(gradients)
+    torch._foreach_add_(factors, 1e-6)
+    torch._foreach_reciprocal_(factors)
+    torch._foreach_mul_(factors, limit)
+    torch._foreach_clamp_max_(factors, 1.0)
+    torch._foreach_mul_(gradients, factors)
 
 
 @torch.no_grad()
@@ -947,23 +1168,23 @@ def mean_over_processes(tensors: list) -> list:
 
 
 def train_step(t: Training, views: list, step: int, mark=lambda phase: None) -> dict:
-    """One optimisation step from this process's V views (B, 3, h, w): student, centres and teacher are updated in place.
+    """One optimisation step from this process's V views (B, 3, h, w); updates student, teacher, centres in place.
 
-    Returns the named loss terms, means over all processes, as tensors on the device (`float` of one waits for it), and
-    "stop", positive where a process was told to. mark: called after each phase (`--profile`)."""
+    Returns the named loss terms, means over all processes, as tensors on the device (`float` of one waits), and
+    "stop", positive where a process was told to. mark(phase) is called after each phase (`--profile`)."""
     cfg = t.cfg
-    torch.manual_seed(hash((cfg.seed, step, t.rank)))                                    # of stochastic depth
+    torch.manual_seed(seed_of(cfg.seed, "depth", step, t.rank))  # of stochastic depth
     for group in t.optimizer.param_groups:
         group["lr"] = t.lr[step]
     t.optimizer.param_groups[0]["weight_decay"] = t.weight_decay[step]
     # 1. the teacher sees the global views alone
     with torch.no_grad(), t.autocast():
-        z = t.teacher.embed(views[:2])                                                   # (2, B, D)
-        targets = t.teacher.project(z)                                                   # (2, B, K), (2, B, K') or None
+        z = t.teacher.embed(views[:2])  # (2, B, D)
+        targets = t.teacher.project(z)  # (2, B, K), (2, B, K') or None
     mark("teacher forward")
     # 2. the student sees all views
     with t.autocast():
-        logits = t.ddp(views)                                                            # (V, B, K), (V, B, K') or None
+        logits = t.ddp(views)  # (V, B, K), (V, B, K') or None
     mark("student forward")
     # 3. losses, in float32
     centres = [*t.centres, None][:2]
@@ -987,7 +1208,7 @@ def train_step(t: Training, views: list, step: int, mark=lambda phase: None) -> 
     with torch.no_grad():
         torch._foreach_lerp_(list(t.teacher.parameters()), list(t.student.parameters()), 1 - t.momentum[step])
         means = [wide(x).mean((0, 1)) for x in targets if x is not None]
-        stop = means[0].new_tensor(float(t.stop > 0))
+        stop = torch.full_like(means[0][0], float(t.stop > 0))
         *means, scalars, stop = mean_over_processes([*means, torch.stack(list(terms.values())), stop])
         for centre, mean in zip(t.centres, means):
             centre.lerp_(mean.to(centre.dtype), 1 - cfg.centre_momentum)
@@ -996,13 +1217,11 @@ def train_step(t: Training, views: list, step: int, mark=lambda phase: None) -> 
     return {**dict(zip(terms, scalars)), "stop": stop}
 
 
-# ==================================================================================================================== #
-#  9. The loop                                                                                                         #
-# ==================================================================================================================== #
+# ======== 9. The loop
 
 
 def write_whole(path: Path, write) -> None:
-    """write(file) into `path`: aside, flushed, renamed; a reader sees the old file or the new one, never a part."""
+    """Let write(file) fill a file aside, flush and rename it: a reader sees the old one or the new, no part."""
     aside = path.with_name(path.name + ".tmp")
     try:
         with open(aside, "wb") as file:
@@ -1015,45 +1234,23 @@ def write_whole(path: Path, write) -> None:
         raise
 
 
-class Lagged:
-    """Reads a step's loss terms one step later, when they lie on the host already: the device never waits for a print."""
-
-    def __init__(self, device):
-        self.device, self.waiting = device, None
-
-    def swap(self, step, terms):
-        """Send off the terms of this step; return (step, {name: float}) of the one before, or None."""
-        before, self.waiting = self.read(), None
-        if terms is not None:
-            host = torch.stack(list(terms.values())).to("cpu", non_blocking=True)
-            event = torch.cuda.Event() if self.device.type == "cuda" else None
-            if event:
-                event.record()
-            self.waiting = step, list(terms), host, event
-        return before
-
-    def read(self):
-        """The values of the step that waits, or None."""
-        if self.waiting is None:
-            return None
-        step, names, host, event = self.waiting
-        if event:
-            event.synchronize()
-        return step, dict(zip(names, host.tolist()))
+def write_json(path: Path, content: dict) -> None:
+    """Write a dict as JSON, never half of it."""
+    write_whole(path, lambda f: f.write(json.dumps(content, indent=1).encode()))
 
 
 def setup(cfg: Config) -> tuple[int, int, torch.device]:
-    """Join the process group that torchrun describes, if any: (rank, world, device). Raises UserError."""
+    """Join the processes that torchrun started, if it did: (rank, world, device). Raises UserError."""
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     if cfg.batch % world:
-        raise UserError(f"--batch {cfg.batch} cannot be shared by {world} processes evenly; take a multiple of {world}")
+        raise UserError(f"--batch {cfg.batch} cannot be shared evenly by {world} processes; take a multiple")
     cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
     if cuda and local >= torch.cuda.device_count():
-        raise UserError(f"process {local} finds no GPU of its own among {torch.cuda.device_count()}; start fewer")
+        raise UserError(f"process {local} has no GPU among {torch.cuda.device_count()}; start fewer processes")
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision("high")
     if cfg.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -1062,21 +1259,31 @@ def setup(cfg: Config) -> tuple[int, int, torch.device]:
     return *distributed(), device
 
 
+def stored_side(size: int) -> int:
+    """Side of the stored images for views of `size` pixels: small ones as they are, 320 px for 224."""
+    return size if size <= 64 else round(size * 10 / 7)
+
+
+def worker_count(workers: int) -> int:
+    """--workers, or one for each core that this process can have to itself."""
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return workers if workers >= 0 else max(1, cores)
+
+
 def open_data(cfg: Config) -> Images:
     """The training images of the run. Raises UserError where there are none, or too few."""
-    side = cfg.store_size or (cfg.global_size if cfg.global_size <= 64 else round(cfg.global_size * 10 / 7))
-    data = load_images(cfg.data, "train", side)
+    data = load_images(cfg.data, "train", cfg.store_size or stored_side(cfg.global_size))
     if cfg.images > len(data):
-        raise UserError(f"--images {cfg.images} is more than the {len(data)} images of {cfg.data}")
+        raise UserError(f"--images {cfg.images} is more than the {len(data)} images of {cfg.data}; lower it")
     if cfg.images:
         data.keep(torch.randperm(len(data), generator=generator("cpu", cfg.seed, "subset"))[:cfg.images])
     if cfg.batch > len(data):
-        raise UserError(f"--batch {cfg.batch} is larger than the data of {len(data)} images")
+        raise UserError(f"--batch {cfg.batch} is larger than the data of {len(data)} images; lower it")
     return data
 
 
-def open_run(cfg: Config, rank: int) -> Path:
-    """The folder of the run, made by rank 0 and told to the others. Raises UserError if it is taken or cannot be written."""
+def open_run(cfg: Config, rank: int, need: int) -> Path:
+    """The folder of the run, with room for `need` bytes, made by rank 0, told to the others. Raises UserError."""
     answer = [None]
     if rank == 0:
         try:
@@ -1085,10 +1292,12 @@ def open_run(cfg: Config, rank: int) -> Path:
                 stem = f"{Path(cfg.data).name}-{cfg.method}-{cfg.aug.replace('+', 'plus')}"
                 out = next(p for n in range(1, 10 ** 6) if not (p := out / f"{stem}-{n}").exists())
             if not cfg.resume and (out / "config.json").exists():
-                raise UserError(f"--out {out} holds a run already; go on with it by --resume, or name another folder")
+                raise UserError(f"--out {out} holds a run; go on with --resume, or name another folder")
+            disk = next(p for p in [out, *out.absolute().parents] if p.exists())
+            if (free := shutil.disk_usage(disk).free) < need:
+                raise UserError(f"--out {out} needs {need >> 20} MiB, {free >> 20} are free; make room")
             out.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({**vars(cfg), "out": str(out), "resume": False}, indent=1)
-            write_whole(out / "config.json", lambda f: f.write(text.encode()))
+            write_json(out / "config.json", {**vars(cfg), "out": str(out), "resume": False})
             answer = [str(out)]
         except OSError as e:
             answer = [UserError(f"--out {cfg.out}: cannot be written ({e.strerror}); name another folder")]
@@ -1102,154 +1311,182 @@ def open_run(cfg: Config, rank: int) -> Path:
 
 
 def load_checkpoint(path: Path, t: Training) -> dict:
-    """Restore `t` from a checkpoint, without running code from it. Raises UserError naming what does not fit."""
+    """Restore `t` from a checkpoint, running no code from it. Raises UserError naming what does not fit."""
     try:
         state = torch.load(path, map_location=t.device, weights_only=True)
         for name, value in state["config"].items():
-            if name not in MAY_CHANGE and getattr(t.cfg, name) != (tuple(value) if isinstance(value, list) else value):
-                raise UserError(f"{path} was written with {flag(name)} {value}, this run has {getattr(t.cfg, name)}")
+            if name not in MAY_CHANGE and value != getattr(t.cfg, name):
+                raise UserError(f"{path} was written with {flag(name)} {value}, the run's config.json says "
+                                f"{getattr(t.cfg, name)}; restore the one that was changed")
         t.load_state_dict(state)
         return state
     except UserError:
         raise
     except Exception as e:
-        raise UserError(f"{path} is no checkpoint of this run, or damaged ({str(e).strip().splitlines()[0][:160]}); "
-                        "restore the file, or start again in another --out")
+        why = str(e).strip().splitlines()[0][:150]
+        raise UserError(f"{path} is damaged, or no checkpoint of this run ({why}); "
+                        "restore it, or start again in another --out")
 
 
 class Run:
-    """The loop's own state beside `Training`: where it writes, what it has logged, when it saves."""
+    """What the loop keeps beside `Training`: where it writes, the sums of the epoch, what was saved when."""
 
     def __init__(self, cfg: Config, t: Training, data: Images, out: Path):
-        self.cfg, self.t, self.data, self.out, self.step, self.sums = cfg, t, data, out, 0, {}
-        self.lead, self.saved, self.saved_at = t.rank == 0, time.monotonic(), "none yet"
-        path = out / "checkpoint.pt"
+        self.cfg, self.t, self.data, self.out = cfg, t, data, out
+        self.step, self.sums, self.waiting = 0, {}, None
+        self.saved, self.last_good = time.monotonic(), "none yet"
+        path, log = out / "checkpoint.pt", out / "log.jsonl"
         if cfg.resume and path.exists():
             state = load_checkpoint(path, t)
-            self.step, self.sums, self.saved_at = state["step"], state["sums"], f"{path}, step {state['step']}"
+            self.step, self.sums = state["step"], state["sums"]
+            self.last_good = f"{path}, step {self.step}"
             data.bad |= set(state["bad"])
-        self.epoch = self.step // t.steps_per_epoch
-        if self.lead and cfg.resume and (out / "log.jsonl").exists():                    # drop what came after the checkpoint
-            lines = (out / "log.jsonl").read_bytes().splitlines(keepends=True)[:self.epoch]
-            write_whole(out / "log.jsonl", lambda f: f.writelines(lines))
+        if t.rank == 0 and cfg.resume and log.exists():  # drop what came after the checkpoint
+            lines = log.read_bytes().splitlines(keepends=True)[:self.step // t.steps_per_epoch]
+            write_whole(log, lambda f: f.writelines(lines))
 
     def save(self) -> None:
-        """Write checkpoint.pt and backbone.pt; a failure is said aloud and costs no more than this checkpoint."""
+        """Write checkpoint.pt and backbone.pt; a failure is said aloud and costs only this checkpoint."""
         self.saved = time.monotonic()
-        if not self.lead:
+        if self.t.rank > 0:
             return
-        state = dict(self.t.state_dict(), config=vars(self.cfg), step=self.step, sums=self.sums, bad=sorted(self.data.bad))
+        path = self.out / "checkpoint.pt"
+        state = dict(self.t.state_dict(), config=vars(self.cfg), step=self.step, sums=self.sums,
+                     bad=sorted(self.data.bad))
         try:
-            write_whole(self.out / "checkpoint.pt", lambda f: torch.save(state, f))
-            write_whole(self.out / "backbone.pt", lambda f: torch.save(self.t.teacher.backbone.state_dict(), f))
-            self.saved_at = f"{self.out / 'checkpoint.pt'}, step {self.step}"
+            write_whole(path, lambda f: torch.save(state, f))
+            write_whole(self.out / "backbone.pt", lambda f: torch.save(state["backbone"], f))
+            self.last_good = f"{path}, step {self.step}"
         except (OSError, RuntimeError) as e:
-            tqdm.write(f"warning: no checkpoint at step {self.step} ({e}); the last one is {self.saved_at}", file=sys.stderr)
+            tqdm.write(f"warning: no checkpoint at step {self.step} ({e}); last: {self.last_good}", sys.stderr)
 
-    def add(self, read) -> bool:
-        """Add a step's terms to the epoch's sums; stop at a loss that is not finite. True if a process is to stop."""
-        if read is None:
+    def collect(self, terms=None) -> bool:
+        """Send a step's terms to the host; add those of the step before, there by now, to the epoch's sums.
+
+        Nothing waits. True if a process was told to stop. Raises SystemExit at a term that is not finite."""
+        ready, self.waiting = self.waiting, None
+        if terms is not None:
+            host = torch.stack(list(terms.values())).to("cpu", non_blocking=True)
+            event = torch.cuda.Event() if self.t.device.type == "cuda" else None
+            if event:
+                event.record()
+            self.waiting = self.step, list(terms), host, event
+        if ready is None:
             return False
-        step, terms = read
-        stop = terms.pop("stop") > 0
-        for name, value in terms.items():
+        step, names, host, event = ready
+        if event:
+            event.synchronize()
+        values = dict(zip(names, host.tolist()))
+        stop = values.pop("stop") > 0
+        for name, value in values.items():
             if not math.isfinite(value):
-                raise SystemExit(f"clever.py: {name} is {value} at step {step}. Last good checkpoint: {self.saved_at}. "
-                                 "Try a lower --lr, or --precision fp32.")
+                raise SystemExit(f"clever.py: {name} is {value} at step {step}. The last good checkpoint: "
+                                 f"{self.last_good}. Try a lower --lr, or --precision fp32.")
             self.sums[name] = self.sums.get(name, 0.0) + value
         return stop
 
-    def end_epoch(self, seconds: float) -> dict:
-        """Log an epoch: means of the terms, collapse metrics of the last batch, bad images. Resets the sums."""
-        cfg, t, spe = self.cfg, self.t, self.t.steps_per_epoch
-        record = dict(epoch=self.epoch + 1, step=self.step, lr=t.lr[self.step - 1], momentum=t.momentum[self.step - 1],
+    def end_epoch(self, seconds: float) -> None:
+        """Log the means of the epoch's terms, the collapse metrics of its last batch and the bad images."""
+        cfg, t, spe, data = self.cfg, self.t, self.t.steps_per_epoch, self.data
+        epoch = self.step // spe
+        record = dict(epoch=epoch, step=self.step, lr=t.lr[self.step - 1], momentum=t.momentum[self.step - 1],
                       **{k: v / spe for k, v in self.sums.items()})
         z, targets = t.last
-        alarms = []
+        alarms, ranks, self.sums = [], "", {}
         for part, features, logits, centre in zip(("ir", "ef"), split(z, cfg.ratio), targets, t.centres):
-            features, P = wide(features).flatten(0, 1), sharpen(logits, centre, cfg.teacher_temp).flatten(0, 1)
-            m = collapse_metrics(features, P)                                            # of (2B, d) and (2B, K)
+            P = sharpen(logits, centre, cfg.teacher_temp).flatten(0, 1)  # (2B, K)
+            m = collapse_metrics(wide(features).flatten(0, 1), P)  # of (2B, d)
             record.update({f"{part}_{k}": v for k, v in m.items()})
             alarms.append(collapse_alarm(part.upper(), m, P.shape[-1]))
+            ranks += f"  rank {part.upper()} {m['rank']:.1f}"
         if dist.is_initialized():
-            gathered = [None] * t.world
-            dist.all_gather_object(gathered, self.data.bad)
-            self.data.bad = set().union(*gathered)
-        record.update(bad_images=len(self.data.bad), seconds=round(seconds, 2))
-        self.epoch, self.sums = self.epoch + 1, {}
-        if self.lead:
+            everyone = [None] * t.world
+            dist.all_gather_object(everyone, data.bad)
+            data.bad = set().union(*everyone)
+        record.update(bad_images=len(data.bad), seconds=round(seconds, 2))
+        if t.rank == 0:
             with open(self.out / "log.jsonl", "a") as log:
                 log.write(json.dumps(record) + "\n")
             terms = "  ".join(f"{k} {record[k]:.4f}" for k in ("loss", "L_CL", "L_Orth", "L_PReg") if k in record)
-            ranks = "  ".join(f"rank {p.upper()} {record[p + '_rank']:.1f}" for p in ("ir", "ef") if p + "_rank" in record)
-            tqdm.write(f"epoch {self.epoch}/{cfg.epochs}  {terms}  {ranks}  {spe * cfg.batch / seconds:.0f} images/s")
+            speed = spe * cfg.batch / seconds
+            tqdm.write(f"epoch {epoch}/{cfg.epochs}  {terms}{ranks}  {speed:.0f} images/s")
             for alarm in filter(None, alarms):
                 tqdm.write(alarm)
-        bad = sorted(self.data.bad)
-        if len(bad) > 0.01 * len(self.data):
-            names = ", ".join(str(self.data.paths[i]) for i in bad[:20]) + (" ..." if len(bad) > 20 else "")
-            raise SystemExit(f"clever.py: {len(bad)} of {len(self.data)} images cannot be read, more than 1 %: {names}")
-        return record
+        if len(data.bad) > 0.01 * len(data):
+            names = ", ".join(str(data.paths[i]) for i in sorted(data.bad)[:100])
+            raise SystemExit(f"clever.py: {len(data.bad)} of {len(data)} images are bad, over 1 %: {names}")
 
 
 def save_crops(path: Path, images, views) -> None:
-    """A picture of the first images (B, 3, S, S) of bytes, each beside its V views, as the network sees them."""
+    """A picture of the first images (B, 3, S, S) of bytes, each beside its V views as the network sees them."""
     rows, side = min(8, len(images)), views[0].shape[-1]
-    undo = lambda v: v[:rows].float().cpu() * torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None]
-    source = F.interpolate(images[:rows].float().cpu() / 255, size=(side, side), mode="bilinear", antialias=True)
-    tiles = [source] + [F.pad(undo(v), [0, side - v.shape[-1]] * 2, value=1.0) for v in views]
-    tiles = torch.stack(tiles, 1).flatten(0, 1).clamp(0, 1)                              # (rows * (1 + V), 3, side, side)
+    source = F.interpolate(normalize(images[:rows].cpu() / 255), (side, side), mode="bilinear", antialias=True)
+    tiles = [F.pad(x[:rows].float().cpu(), [0, side - x.shape[-1]] * 2, value=9.0) for x in (source, *views)]
+    tiles = torch.stack(tiles, 1).flatten(0, 1)  # (rows * (1 + V), 3, side, side), 9.0: white
+    tiles = torch.stack([tiles[:, c] * STD[c] + MEAN[c] for c in range(3)], 1).clamp(0, 1)
     tiles = F.interpolate(tiles, scale_factor=max(1, 96 // side), mode="nearest")
     grid = torchvision.utils.make_grid(tiles, nrow=1 + len(views), padding=4, pad_value=1.0)
     write_whole(path, lambda f: torchvision.utils.save_image(grid, f, format="png"))
 
 
-def train(cfg: Config) -> Path:
-    """Train as configured, on all processes; returns the folder of the run. Raises UserError, or SystemExit with a reason."""
+def catch_signals(t: Training) -> None:
+    """SIGTERM and Ctrl-C: finish the step, save, leave. A second one ends the process at once."""
+    def note(number, frame):
+        t.stop = number
+        signal.signal(number, signal.SIG_DFL)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, note)
+
+
+def train(cfg: Config) -> Path | None:
+    """Train (or profile) as configured, on all processes, and return the folder of the run.
+
+    Raises UserError for a wrong start, SystemExit with a reason or a signal's code for what stops it."""
     rank, world, device = setup(cfg)
     data = open_data(cfg)
     t = Training(cfg, len(data) // cfg.batch, device)
-    augment, lagged, bar_off = MultiCrop(cfg, rank, world), Lagged(device), rank > 0 or not sys.stderr.isatty()
-    workers = cfg.workers if cfg.workers >= 0 else max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    augment, workers = MultiCrop(cfg, rank, world), worker_count(cfg.workers)
     if cfg.profile:
         data.hold(device, workers, cfg.cache)
         return profile(cfg, t, data, augment, workers)
-    out = open_run(cfg, rank)
-    run = Run(cfg, t, data, out)
+    out = open_run(cfg, rank, need=10 * sum(p.nbytes for p in t.student.parameters()))
+    run, spe = Run(cfg, t, data, out), t.steps_per_epoch
     data.hold(device, workers, cfg.cache)
-    for s in (signal.SIGTERM, signal.SIGINT):                                            # finish the step, save, leave
-        signal.signal(s, lambda number, frame: (setattr(t, "stop", number), signal.signal(number, signal.SIG_DFL)))
-    spe, began = t.steps_per_epoch, time.monotonic()
-    steps = Batches(len(data), cfg, run.step, cfg.epochs * spe, rank, world)
-    bar = tqdm(total=cfg.epochs * spe, initial=run.step, unit_scale=cfg.batch, unit=" images", disable=bar_off, smoothing=0.05)
+    catch_signals(t)
+    steps = batches(len(data), cfg, run.step, cfg.epochs * spe, rank, world)
+    bar = tqdm(total=cfg.epochs * spe * cfg.batch, initial=run.step * cfg.batch, unit=" images",
+               unit_scale=True, smoothing=0.05, disable=rank > 0 or not sys.stderr.isatty())
+    began = time.monotonic()
     for images, aspect in data.stream(steps, device, workers):
         views = augment(images, aspect, run.step)
         if run.step == 0 and rank == 0:
             save_crops(out / "crops.png", images, views)
-        stop = run.add(lagged.swap(run.step, train_step(t, views, run.step)))
+        stop = run.collect(train_step(t, views, run.step))
         run.step += 1
-        bar.update()
-        bar.set_description(f"epoch {run.epoch + 1}/{cfg.epochs}", refresh=False)
-        bar.set_postfix({k: f"{v / max(1, run.step % spe):.3f}" for k, v in run.sums.items()}, refresh=False)
+        bar.update(cfg.batch)
+        bar.set_description(f"epoch {1 + run.step // spe}/{cfg.epochs}", refresh=False)
+        means = {k: f"{v / max(1, run.step % spe - 1):.3f}" for k, v in run.sums.items()}
+        bar.set_postfix(means, refresh=False)
         if run.step % spe == 0:
-            stop |= run.add(lagged.swap(None, None))
+            stop |= run.collect()
             run.end_epoch(time.monotonic() - began)
             run.save()
             began = time.monotonic()
         elif stop or time.monotonic() - run.saved > 60 * cfg.save_every:
-            run.add(lagged.swap(None, None))
+            run.collect()
             run.save()
         if stop:
-            tqdm.write(f"stopped at step {run.step}; go on with --out {out} --resume", file=sys.stderr)
+            if rank == 0:
+                tqdm.write(f"stopped at step {run.step}; go on with --out {out} --resume", sys.stderr)
             raise SystemExit(128 + (t.stop or signal.SIGTERM))
     bar.close()
-    for s in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(s, signal.SIG_DFL if s == signal.SIGTERM else signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     return out
 
 
 def profile(cfg: Config, t: Training, data: Images, augment: MultiCrop, workers: int) -> None:
-    """Print where the time of `cfg.profile` steps goes, what its parts reach alone, and what limits the run."""
+    """Print where the time of `cfg.profile` steps goes, what the parts reach alone, and what limits the run."""
     sync = torch.cuda.synchronize if t.device.type == "cuda" else lambda: None
     spent, clock, n = {}, time.perf_counter(), cfg.profile
 
@@ -1262,7 +1499,7 @@ def profile(cfg: Config, t: Training, data: Images, augment: MultiCrop, workers:
     def run(mark=lambda phase: None, only_load=False, views=None):
         """Images/s of this process over n steps, after two that warm up; the views of the last one."""
         nonlocal clock
-        stream = data.stream(Batches(len(data), cfg, 0, n + 2, t.rank, t.world), t.device, workers)
+        stream = data.stream(batches(len(data), cfg, 0, n + 2, t.rank, t.world), t.device, workers)
         for i, (images, aspect) in enumerate(stream if views is None else [(None, None)] * (n + 2)):
             if i == 2:
                 sync()
@@ -1281,7 +1518,7 @@ def profile(cfg: Config, t: Training, data: Images, augment: MultiCrop, workers:
     whole, loader, compute = run()[0], run(only_load=True)[0], run(views=views)[0]
     with FlopCounterMode(display=False) as counter:
         train_step(t, views, 0)
-    flops = counter.get_total_flops() * compute / (cfg.batch / t.world)                  # a second
+    flops = counter.get_total_flops() * compute / (cfg.batch / t.world)  # a second
     side = 8192 if t.device.type == "cuda" else 2048
     a = torch.randn(side, side, device=t.device, dtype=t.dtype or torch.float32)
     a @ a, sync()
@@ -1295,24 +1532,25 @@ def profile(cfg: Config, t: Training, data: Images, augment: MultiCrop, workers:
     if t.rank > 0:
         return
     total = sum(phases.values())
-    device = torch.cuda.get_device_name() if t.device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    device = (torch.cuda.get_device_name() if t.device.type == "cuda" else
+              f"CPU with {torch.get_num_threads()} threads")
     print(f"{cfg.arch}, {cfg.method}, {cfg.aug}, batch {cfg.batch} on {t.world} x {device}, "
           f"{str(t.dtype or torch.float32)[6:]}, torch {torch.__version__}: {n} steps\n")
     print("| phase | ms a step | share |\n|---|---:|---:|")
     for phase, seconds in phases.items():
         print(f"| {phase} | {1000 * seconds / n:.1f} | {seconds / total:.1%} |")
-    print(f"\nimages/s of each process: {whole:.1f} the whole, {loader:.1f} the loader alone ({workers} workers"
+    print(f"\nimages/s of a process: {whole:.1f} the whole, {loader:.1f} the loader alone ({workers} workers"
           f"{', data in memory' if data.pixels is not None else ''}), {compute:.1f} the compute alone")
     print(f"peak memory {memory / 2 ** 30:.2f} GiB; {flops / 1e12:.3f} TFLOP/s, {flops / peak:.0%} of the "
           f"{peak / 1e12:.2f} TFLOP/s of a matrix product")
     if loader < 1.1 * compute:
-        print("The loader limits this run: more --workers, a smaller --store-size, or images on a faster disk.")
+        print("The loader limits this run: more --workers, a smaller --store-size, or a faster disk.")
     elif phases["augmentation"] > 0.2 * total:
-        print("The augmentation limits this run: fewer --local-views or a simpler --aug; else a larger --batch.")
+        print("The augmentation limits this run: fewer --local-views or a simpler --aug.")
     elif not cfg.compile and t.device.type == "cuda":
         print("The compute limits this run: try --compile; then a larger --batch, if memory allows.")
     else:
-        print("The compute limits this run: a smaller --arch, fewer --local-views, --precision bf16, or more processes.")
+        print("The compute limits this run: a smaller --arch, fewer --local-views, or more processes.")
 
 
 def main(argv: list[str]) -> int:
@@ -1321,7 +1559,7 @@ def main(argv: list[str]) -> int:
         cfg = parse(argv)
         out = train(cfg)
         if cfg.report and not cfg.profile and distributed()[0] == 0:
-            sys.modules["clever"] = sys.modules[__name__]                                # eval_linear imports this very module
+            sys.modules["clever"] = sys.modules[__name__]  # eval_linear imports this very module
             import eval_linear
             eval_linear.compare(cfg, out)
         return 0
