@@ -30,8 +30,9 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from collections import OrderedDict
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
@@ -185,7 +186,7 @@ def read_options(cls, argv: list[str], positional="", **about) -> dict:
     """The options of a dataclass that a command line gives: {field: value}. A field's comment is its help.
 
     positional: a field without a flag; about: for argparse. Raises UserError for a wrong option or type."""
-    helps = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", inspect.getsource(cls), re.M))
+    helps = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", inspect.getsource(sys.modules[cls.__module__]), re.M))
     parser = argparse.ArgumentParser(allow_abbrev=False, **about)
 
     def fail(message):
@@ -812,10 +813,15 @@ def sharpen(teacher, centre, temp):
 def mean_over_pairs(term, student, teacher):
     """Mean of term(P_i, logits_j) over the global views i and all views j != i, in one pass over the views.
 
-    student (V, B, K): logits; teacher (G, B, K): P of the first G views; term: (G', B, K), (B, K) -> (G', B)."""
+    student (V, B, K): logits; teacher (G, B, K): P of the first G views; term: (G', B, K), (B, K) -> (G', B).
+    The backward computes a view's term again, so that never more than one view's softmax is in memory."""
     V, G, B = len(student), len(teacher), student.shape[1]
-    others = lambda j: teacher if j >= G else torch.cat([teacher[:j], teacher[j + 1:]])
-    return sum(term(others(j), wide(student[j])).sum() for j in range(V)) / ((V - 1) * G * B)
+
+    def of_view(logits, j):
+        others = teacher if j >= G else torch.cat([teacher[:j], teacher[j + 1:]])  # all i != j
+        return term(others, wide(logits)).sum()
+    total = sum(checkpoint(of_view, student[j], j, use_reentrant=False, preserve_rng_state=False) for j in range(V))
+    return total / ((V - 1) * G * B)
 
 
 def invariance_loss(student, teacher, centre, student_temp=0.1, teacher_temp=0.04):
@@ -944,8 +950,8 @@ def decode(path, side: int):
         if image.mode.startswith("I"):  # 16 bits: keep the upper 8
             image = image.point(lambda v: v / 256).convert("L")
         aspect = image.width / image.height
-        image = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
-        return torchvision.transforms.functional.pil_to_tensor(image), aspect
+        pixels = torchvision.transforms.functional.pil_to_tensor(image.convert("RGB"))  # (3, H, W)
+    return F.interpolate(pixels[None], (side, side), mode="bicubic", antialias=True)[0], aspect
 
 
 class Images(Dataset):
@@ -1122,6 +1128,7 @@ class Training:
             self.loss = torch.compile(clever_loss)
         if self.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
+            warnings.filterwarnings("ignore", message=".*broadcast_buffers")  # torch 2.15 renames it
             self.ddp = nn.parallel.DistributedDataParallel(self.student, ids, broadcast_buffers=False,
                                                            gradient_as_bucket_view=True)
 
@@ -1323,7 +1330,7 @@ def load_checkpoint(path: Path, t: Training) -> dict:
     except UserError:
         raise
     except Exception as e:
-        why = str(e).strip().splitlines()[0][:150]
+        why = (str(e).strip().splitlines() or [type(e).__name__])[0][:150]
         raise UserError(f"{path} is damaged, or no checkpoint of this run ({why}); "
                         "restore it, or start again in another --out")
 
@@ -1351,6 +1358,9 @@ class Run:
         if self.t.rank > 0:
             return
         path = self.out / "checkpoint.pt"
+        if not all(p.isfinite().all() for p in self.t.student.parameters()):  # the next loss would tell, too late
+            raise SystemExit(f"clever.py: the weights are not finite at step {self.step}. The last good checkpoint: "
+                             f"{self.last_good}. Try a lower --lr, or --precision fp32.")
         state = dict(self.t.state_dict(), config=vars(self.cfg), step=self.step, sums=self.sums,
                      bad=sorted(self.data.bad))
         try:
@@ -1384,6 +1394,13 @@ class Run:
                                  f"{self.last_good}. Try a lower --lr, or --precision fp32.")
             self.sums[name] = self.sums.get(name, 0.0) + value
         return stop
+
+    def show(self, bar) -> None:
+        """Move the progress bar by a step: epoch, means of the epoch's terms so far."""
+        done = self.step % self.t.steps_per_epoch
+        bar.set_description(f"epoch {1 + self.step // self.t.steps_per_epoch}/{self.cfg.epochs}", refresh=False)
+        bar.set_postfix({k: f"{v / max(1, done - 1):.3f}" for k, v in self.sums.items()}, refresh=False)
+        bar.update(self.cfg.batch)
 
     def end_epoch(self, seconds: float) -> None:
         """Log the means of the epoch's terms, the collapse metrics of its last batch and the bad images."""
@@ -1429,13 +1446,18 @@ def save_crops(path: Path, images, views) -> None:
     write_whole(path, lambda f: torchvision.utils.save_image(grid, f, format="png"))
 
 
-def catch_signals(t: Training) -> None:
-    """SIGTERM and Ctrl-C: finish the step, save, leave. A second one ends the process at once."""
+@contextmanager
+def stop_signals(t: Training):
+    """Within: SIGTERM and Ctrl-C let the loop finish the step, save and leave; a second one ends it at once."""
     def note(number, frame):
         t.stop = number
-        signal.signal(number, signal.SIG_DFL)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, note)
+        signal.signal(number, before[number])
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def train(cfg: Config) -> Path | None:
@@ -1452,36 +1474,30 @@ def train(cfg: Config) -> Path | None:
     out = open_run(cfg, rank, need=10 * sum(p.nbytes for p in t.student.parameters()))
     run, spe = Run(cfg, t, data, out), t.steps_per_epoch
     data.hold(device, workers, cfg.cache)
-    catch_signals(t)
     steps = batches(len(data), cfg, run.step, cfg.epochs * spe, rank, world)
     bar = tqdm(total=cfg.epochs * spe * cfg.batch, initial=run.step * cfg.batch, unit=" images",
                unit_scale=True, smoothing=0.05, disable=rank > 0 or not sys.stderr.isatty())
-    began = time.monotonic()
-    for images, aspect in data.stream(steps, device, workers):
-        views = augment(images, aspect, run.step)
-        if run.step == 0 and rank == 0:
-            save_crops(out / "crops.png", images, views)
-        stop = run.collect(train_step(t, views, run.step))
-        run.step += 1
-        bar.update(cfg.batch)
-        bar.set_description(f"epoch {1 + run.step // spe}/{cfg.epochs}", refresh=False)
-        means = {k: f"{v / max(1, run.step % spe - 1):.3f}" for k, v in run.sums.items()}
-        bar.set_postfix(means, refresh=False)
-        if run.step % spe == 0:
-            stop |= run.collect()
-            run.end_epoch(time.monotonic() - began)
-            run.save()
-            began = time.monotonic()
-        elif stop or time.monotonic() - run.saved > 60 * cfg.save_every:
-            run.collect()
-            run.save()
-        if stop:
-            if rank == 0:
-                tqdm.write(f"stopped at step {run.step}; go on with --out {out} --resume", sys.stderr)
-            raise SystemExit(128 + (t.stop or signal.SIGTERM))
-    bar.close()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    with stop_signals(t), bar:
+        began = time.monotonic()
+        for images, aspect in data.stream(steps, device, workers):
+            views = augment(images, aspect, run.step)
+            if run.step == 0 and rank == 0:
+                save_crops(out / "crops.png", images, views)
+            stop = run.collect(train_step(t, views, run.step))
+            run.step += 1
+            run.show(bar)
+            if run.step % spe == 0:
+                stop |= run.collect()
+                run.end_epoch(time.monotonic() - began)
+                run.save()
+                began = time.monotonic()
+            elif stop or time.monotonic() - run.saved > 60 * cfg.save_every:
+                run.collect()
+                run.save()
+            if stop:
+                if rank == 0:
+                    tqdm.write(f"stopped at step {run.step}; go on with --out {out} --resume", sys.stderr)
+                raise SystemExit(128 + (t.stop or signal.SIGTERM))
     return out
 
 

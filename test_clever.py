@@ -328,13 +328,13 @@ def test_a_rotation_is_that_of_torchvision_and_its_corners_are_black(angle):
 
 def test_the_elastic_deformation_is_that_of_torchvision_and_strength_0_is_the_identity():
     """4. Displacement and deformed image, from the same noise."""
-    image, noise, alpha, sigma = smooth(64, 64), torch.rand(1, 2, 64,
-                                                            64) * 2 - 1, 100 * 64 / 224, 5 * 64 / 224
+    image, noise = smooth(64, 64), torch.rand(1, 2, 64, 64) * 2 - 1
+    alpha, sigma = 100 * 64 / 224, 5 * 64 / 224
     shift, kernel = clever.elastic_shift(noise, alpha, sigma), 2 * int(4 * sigma + 0.5) + 1
     theirs = TF.gaussian_blur(noise, [kernel] * 2, [sigma] * 2).permute(0, 2, 3, 1) * alpha / 64
     close(shift, theirs, 1e-5)
-    ours, grid = warp(image, 64, shift=shift), torch.stack(torch.meshgrid(axis(64), axis(64), indexing="xy"),
-                                                           -1)
+    ours = warp(image, 64, shift=shift)
+    grid = torch.stack(torch.meshgrid(axis(64), axis(64), indexing="xy"), -1)
     inside = ((grid + shift).abs() < 1 - 1 / 64).all(-1)[:, None]
     close(ours * inside, TF.elastic_transform(image, theirs, BILINEAR) * inside, 1e-4)
     assert psnr(ours, image) < 40                                              # it does deform
@@ -621,7 +621,7 @@ def test_parameters_of_vit_tiny_are_those_of_timm():
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
 def test_parameters_of_the_resnets_are_those_of_torchvision(arch):
-    """7. A state dict loads there with strict=True and gives equal features; small images have another stem."""
+    """7. A state dict loads there with strict=True and gives equal features; small images: another stem."""
     ours, theirs = clever.build_backbone(arch, 224), getattr(torchvision.models, arch)()
     theirs.fc = nn.Identity()
     theirs.load_state_dict(ours.state_dict(), strict=True)
@@ -788,7 +788,7 @@ WRONG = """--ratio 1.5; --ratio 0; --ratio nan; --ratio 0.001 > IR of width 0; -
 --save-every nan; --seed -1; --profile -1; --data W/nowhere > is no folder;
 --data cifar1 > did you mean cifar10; --data W/no-train > no folder train/; --data W/empty > class;
 --data W/no-images > class; --data W/empty-class > classes b;
---data DATA --batch 13 > larger than the data; --out BASE > holds a run already;
+--data DATA --batch 13 > larger than the data; --out BASE > holds a run;
 --out W/file > cannot be written; --out W/file/run > cannot be written; --resume > no run;
 --resume --out BASE --ratio 0.5 > --ratio 0.5 differs"""
 
@@ -826,9 +826,8 @@ def test_every_wrong_setting_is_one_sentence_exit_code_2_and_creates_nothing(
     monkeypatch.chdir(folder)
     for argv, words in settings:
         code, (out, err) = clever.main(argv), capsys.readouterr()
-        assert (code, out, err.count("\n")) == (2, "",
-                                                1) and err.startswith("clever.py: ") and words in err, (argv,
-                                                                                                        err)
+        assert (code, out, err.count("\n")) == (2, "", 1), (argv, err)
+        assert err.startswith("clever.py: ") and words in err, (argv, err)
         assert tree(folder, base, data) == before, argv
     assert len(settings) > 50
 
@@ -1085,9 +1084,8 @@ def mutate(count, seed, good, path):
             x[rng.randrange(len(x))] = rng.randrange(256)
         path.write_bytes(x[:rng.randrange(len(x) + 1)] if rng.random() < 0.4 else x)
         pixels, aspect, index = images[0]
-        assert pixels.shape == (3, 32,
-                                32) and pixels.dtype == torch.uint8 and 0 < aspect < math.inf and index in (0,
-                                                                                                            -1)
+        assert pixels.shape == (3, 32, 32) and pixels.dtype == torch.uint8
+        assert 0 < aspect < math.inf and index in (0, -1)
         used += index == 0
     return used
 
@@ -1104,7 +1102,7 @@ def test_random_and_mutated_files_never_stop_the_reader(data, tmp_path, count, s
 
 @pytest.mark.parametrize("steps", [60, pytest.param(2000, marks=pytest.mark.long)])
 def test_memory_and_open_files_do_not_grow(data, tmp_path, monkeypatch, steps):
-    """11. From a tenth of the steps to their end, with images from files and a checkpoint after each step."""
+    """11. From a tenth of the steps to their end, images from files, a checkpoint every second step."""
     seen, real = [], clever.Run.end_epoch
 
     def watch(self, seconds):
@@ -1112,7 +1110,7 @@ def test_memory_and_open_files_do_not_grow(data, tmp_path, monkeypatch, steps):
         seen.append((pages * os.sysconf("SC_PAGE_SIZE") / 1e6, len(os.listdir("/proc/self/fd"))))
         return real(self, seconds)
     monkeypatch.setattr(clever.Run, "end_epoch", watch)
-    assert run(tmp_path / "run", data=data, batch=6, epochs=steps // 2, save_every=1e-5, cache=False) == 0
+    assert run(tmp_path / "run", data=data, batch=6, epochs=steps // 2, cache=False) == 0
     (memory, files), (memory_end, files_end) = seen[len(seen) // 10], seen[-1]
     print(f"\n{steps} steps: {memory:.0f} -> {memory_end:.0f} MB, {files} -> {files_end} open files")
     assert memory_end - memory < 20 and files_end <= files
