@@ -18,6 +18,7 @@ of each (G of them global), D features, K prototypes, S side of a stored image, 
 import argparse
 import dataclasses
 import difflib
+import fcntl
 import hashlib
 import inspect
 import json
@@ -33,7 +34,6 @@ import time
 import warnings
 from collections import OrderedDict
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial, reduce
 from pathlib import Path
 
@@ -52,10 +52,10 @@ from tqdm import tqdm
 # ======== 1. Configuration: the defaults are the paper's recipe; RECIPES says what smaller data changes
 
 
-@dataclass
+@dataclasses.dataclass
 class Config:
     """Every option: a typed field, its default (the paper's recipe), its help. It makes the command line."""
-    data: str = "patterns"            # patterns, cifar10, cifar100, or a folder of train/<class>/*, val/<class>/*
+    data: str = "patterns"            # patterns, cifar10, cifar100, or a folder: {train,val}/<class>/*
     out: str = ""                     # folder of the run; empty: the next free runs/<data>-<method>-<aug>-<n>
     recipe: str = "auto"              # defaults of the other options: demo, cifar, paper; auto: of --data
     method: str = "clever"            # clever or dino (the same code without the split)
@@ -137,10 +137,9 @@ def near(word: str, known) -> str:
 
 def check(c: Config) -> None:
     """Test every option against its range before anything is loaded. Raises UserError with one sentence."""
-    for name, known in CHOICES.items():
-        if (value := getattr(c, name)) not in known:
-            raise UserError(f"{flag(name)} {value} is unknown{near(value, known)}; known: {', '.join(known)}")
     for name, value in vars(c).items():
+        if value not in (known := CHOICES.get(name, (value,))):
+            raise UserError(f"{flag(name)} {value} is unknown{near(value, known)}; known: {', '.join(known)}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{flag(name)} {value} must be a finite number")
         if isinstance(value, tuple) and not (len(value) == 2 and 0 < value[0] <= value[1] <= 1):
@@ -148,86 +147,85 @@ def check(c: Config) -> None:
     ranges = {
         "greater than 0": (lambda v: v > 0, "out_dim hidden_dim bottleneck_dim student_temp teacher_temp "
                            "global_size local_size epochs batch lr save_every"),
-        "at least 0": (lambda v: v >= 0, "patch_size ef_out_dim lambda_orth lambda_reg local_views store_size min_lr "
-                       "warmup_epochs weight_decay weight_decay_end clip freeze_epochs images seed profile"),
+        "at least 0": (lambda v: v >= 0, "patch_size ef_out_dim lambda_orth lambda_reg local_views "
+                       "store_size min_lr warmup_epochs weight_decay weight_decay_end clip freeze_epochs "
+                       "images seed profile"),
         "in [0, 1]": (lambda v: 0 <= v <= 1, "centre_momentum momentum"),
         "in [0, 1)": (lambda v: 0 <= v < 1, "drop_path"),
         "in (0, 1], the paper's is 0.8": (lambda v: 0 < v <= 1, "ratio"),
         "at least 0, or -1 for one a core": (lambda v: v >= -1, "workers")}
-    for expected, (test, names) in ranges.items():
+    for expected, (fits, names) in ranges.items():
         for name in names.split():
-            if not test(getattr(c, name)):
+            if not fits(getattr(c, name)):
                 raise UserError(f"{flag(name)} {getattr(c, name)} must be {expected}")
-    dim, ir = EMBED_DIM[c.arch], int(c.ratio * EMBED_DIM[c.arch])
+    dim, gpu, dino = EMBED_DIM[c.arch], torch.cuda.is_available(), c.method == "dino"
+    ir = int(c.ratio * dim)
     patch = c.patch_size or VIT.get(c.arch, (0, 0, 1, 0))[2]
-    smallest = min(c.global_size, c.local_size if c.local_views else c.global_size)
-    gpu = torch.cuda.is_available()
-    for ok, sentence in [
-            (ir > 0, f"--ratio {c.ratio} leaves an IR of width 0 in {dim} features; raise it"),
-            (ir < dim or c.method == "dino",
-             f"--ratio {c.ratio} leaves an EF of width 0; lower it, or say --method dino"),
-            (c.ratio == 1 or c.method != "dino", f"--method dino has no split; leave out --ratio {c.ratio}"),
-            (c.warmup_epochs <= c.epochs, f"--warmup-epochs {c.warmup_epochs} is over {c.epochs} epochs"),
-            (c.arch in VIT or not c.patch_size, f"--patch-size is for a ViT, not for {c.arch}; leave it out"),
-            (c.global_size % patch == 0,
-             f"--global-size {c.global_size} is no multiple of the patch of {patch} px"),
-            (c.local_size % patch == 0 or not c.local_views,
-             f"--local-size {c.local_size} is no multiple of the patch of {patch} px"),
-            (smallest > BLUR_RADIUS or not c.blur, f"--blur needs views over {BLUR_RADIUS} px; say --no-blur"),
-            (gpu or c.device != "cuda", "--device cuda: torch finds no GPU here; leave it out"),
-            (gpu and c.device != "cpu" or c.precision != "fp16",
-             "--precision fp16 is for a GPU; say bf16 or fp32"),
-            (c.out or not c.resume, "--resume needs --out, the folder of the run to go on with")]:
+    sizes = {n: getattr(c, n) for n in ("global_size", "local_size")[:1 + bool(c.local_views)]}
+    sentences = [
+        (ir > 0, f"--ratio {c.ratio} leaves an IR of width 0 in {dim} features; raise it"),
+        (ir < dim or dino, f"--ratio {c.ratio} leaves an EF of width 0; lower it, or say --method dino"),
+        (c.ratio == 1 or not dino, f"--method dino has no split; leave out --ratio {c.ratio}"),
+        (c.warmup_epochs <= c.epochs, f"--warmup-epochs {c.warmup_epochs} is over {c.epochs} epochs"),
+        (c.arch in VIT or not c.patch_size, f"--patch-size is for a ViT, not for {c.arch}; leave it out"),
+        *((size % patch == 0, f"{flag(name)} {size} is no multiple of the patch of {patch} px")
+          for name, size in sizes.items()),
+        (min(sizes.values()) > BLUR_RADIUS or not c.blur,
+         f"--blur needs views over {BLUR_RADIUS} px; say --no-blur"),
+        (gpu or c.device != "cuda", "--device cuda: torch finds no GPU here; leave it out"),
+        (c.precision != "fp16" or gpu and c.device != "cpu",
+         "--precision fp16 is for a GPU; say bf16 or fp32")]
+    for ok, sentence in sentences:
         if not ok:
             raise UserError(sentence)
 
 
 def read_options(cls, argv: list[str], positional="", **about) -> dict:
     """The options of a dataclass that a command line gives: {field: value}. A field's comment is its help.
-
     positional: a field without a flag; about: for argparse. Raises UserError for a wrong option or type."""
-    helps = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", inspect.getsource(sys.modules[cls.__module__]), re.M))
+    source = inspect.getsource(sys.modules[cls.__module__])
+    helps = dict(re.findall(r"^    (\w+): \w+ = .*?  # (.+)$", source, re.M))
     parser = argparse.ArgumentParser(allow_abbrev=False, **about)
 
     def fail(message):
         raise UserError(message)
     parser.error = fail
+    flags = {f.name: flag(f.name) for f in dataclasses.fields(cls)}
     for f in dataclasses.fields(cls):
         kind = (dict(action=argparse.BooleanOptionalAction) if f.type is bool else
                 dict(nargs="+", type=type(f.default[0]) if f.default else str) if f.type is tuple else
                 dict(type=f.type, metavar=f.type.__name__.upper()))
-        name, text = flag(f.name), f"{helps[f.name]} ({f.default})".replace("%", "%%")
         if f.name == positional:
-            name, kind = f.name, dict(nargs="?", metavar=f.name.upper())
-        parser.add_argument(name, default=argparse.SUPPRESS, help=text, **kind)
+            flags[f.name], kind = f.name, dict(nargs="?", metavar=f.name.upper())
+        text = f"{helps[f.name]} ({f.default})".replace("%", "%%")
+        parser.add_argument(flags[f.name], default=argparse.SUPPRESS, help=text, **kind)
     given, unknown = parser.parse_known_args(argv)
     if unknown:
-        options = [flag(f.name) for f in dataclasses.fields(cls)]
-        raise UserError(f"unknown option {unknown[0]}{near(unknown[0], options)}; --help lists them all")
+        hint = near(unknown[0], flags.values())
+        raise UserError(f"unknown option {unknown[0]}{hint}; --help lists them all")
     return as_options(vars(given))
 
 
 def as_options(values: dict) -> dict:
-    """Lists, as argparse and JSON give them, as the tuples of `Config`."""
+    """Lists, as argparse and JSON give them, turned into the tuples of `Config`."""
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
 def parse(argv: list[str]) -> Config:
-    """The configuration of a command line: what is given, over the recipe of the data, over the paper's.
-
-    Raises UserError for anything wrong with it."""
-    given = read_options(Config, argv, usage="[torchrun] clever.py [options]", prog="clever.py",
-                         description="Train CLeVER or DINO. The defaults are the paper's recipe for a folder of "
-                         "images; cifar10, cifar100 and patterns have their own.")
+    """What a command line gives, over the recipe of the data, over the paper's. Raises UserError."""
+    given = read_options(
+        Config, argv, usage="[torchrun] clever.py [options]", prog="clever.py",
+        description="Train CLeVER or DINO. The defaults are the paper's recipe for a folder of images; "
+        "cifar10, cifar100 and patterns have their own.")
     if given.get("resume"):
-        return resumed_config(given)
-    data, recipe = given.get("data", "patterns"), given.get("recipe", "auto")
-    if recipe == "auto":
-        recipe = {"patterns": "demo", "cifar10": "cifar", "cifar100": "cifar"}.get(data, "paper")
-    given = {**RECIPES.get(recipe, {}), **given}
-    if given.get("method") == "dino":
-        given.setdefault("ratio", 1.0)
-    cfg = Config(**given)
+        cfg = resumed_config(given)
+    else:
+        recipe = given.get("recipe", "auto")
+        if recipe == "auto":
+            data = given.get("data", "patterns")
+            recipe = dict(patterns="demo", cifar10="cifar", cifar100="cifar").get(data, "paper")
+        ratio = {"ratio": 1.0} if given.get("method") == "dino" else {}
+        cfg = Config(**{**RECIPES.get(recipe, {}), **ratio, **given})
     check(cfg)
     return cfg
 
@@ -244,14 +242,12 @@ def resumed_config(given: dict) -> Config:
     """The configuration of the run in --out. Raises UserError if there is none or a given option differs."""
     if not given.get("out"):
         raise UserError("--resume needs --out, the folder of the run to go on with")
-    cfg = load_config(given["out"])
-    cfg = dataclasses.replace(cfg, **{k: v for k, v in given.items() if k in MAY_CHANGE})
+    saved = load_config(given["out"])
     for name, value in given.items():
-        if name not in MAY_CHANGE and value != getattr(cfg, name):
-            raise UserError(f"{flag(name)} {value} differs from the run's {getattr(cfg, name)}; leave it "
+        if name not in MAY_CHANGE and value != getattr(saved, name):
+            raise UserError(f"{flag(name)} {value} differs from the run's {getattr(saved, name)}; leave it "
                             "out, or start a new run in another --out")
-    check(cfg)
-    return cfg
+    return dataclasses.replace(saved, **given)
 
 
 # ======== 2. Augmentation: every geometric one is a change of coordinates; compose them, then sample once
@@ -273,9 +269,9 @@ def generator(device, *key) -> torch.Generator:
 def warp(images, size, box, flip, angle, shift=None):
     """One view of each image, sampled once through a composed change of coordinates: the paper's t, explicit.
 
-    images (B, 3, S, S); size of the view in pixels; box (B, 4), the crop's centre x, y and half extents x, y in
-    the image's [-1, 1] coordinates; flip (B,) bool; angle (B,) in degrees, counter-clockwise; shift (B, size,
-    size, 2) in the view's [-1, 1] coordinates, or None. Returns (B, 3, size, size), black outside the crop."""
+    images (B, 3, S, S); size of the view in pixels; box (B, 4), the crop's centre x, y and half extents x, y
+    in the image's [-1, 1] coordinates; flip (B,) bool; angle (B,) in degrees, counter-clockwise; shift (B,
+    size, size, 2) in the view's [-1, 1] coordinates, or None. Black outside the crop: (B, 3, size, size)."""
     axis = (torch.arange(size, device=images.device, dtype=images.dtype) * 2 + 1) / size - 1
     point = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)[None]  # (1, s, s, 2): output pixels
     inside = True
@@ -294,10 +290,8 @@ def warp(images, size, box, flip, angle, shift=None):
 
 
 def gaussian_matrix(size, sigma, radius):
-    """Matrices that blur a signal, mirrored at its ends: sigma (B,) in pixels -> (B, size, size).
-
-    A blur of an image X is M X Mᵀ. Equals torchvision's gaussian_blur with a kernel of 2 radius + 1."""
-    tap = torch.arange(-radius, radius + 1, device=sigma.device)
+    """Matrices M: M X Mᵀ is a blurred image X, mirrored at its ends. sigma (B,) in px -> (B, size, size)."""
+    tap = torch.arange(-radius, radius + 1, device=sigma.device)  # as torchvision's gaussian_blur
     weight = torch.exp(-0.5 * (tap / sigma[:, None]) ** 2)  # (B, 2 radius + 1)
     weight = weight / weight.sum(1, keepdim=True)
     source = torch.arange(size, device=sigma.device)[:, None] + tap  # (size, 2 radius + 1)
@@ -307,9 +301,8 @@ def gaussian_matrix(size, sigma, radius):
 
 
 def elastic_shift(noise, alpha, sigma):
-    """Smooth displacements from white noise in [-1, 1]: (B, 2, s, s) -> (B, s, s, 2) in [-1, 1] coordinates.
-
-    alpha: strength, sigma: smoothness, both in pixels, as in torchvision's ElasticTransform."""
+    """torchvision's ElasticTransform: noise in [-1, 1] (B, 2, s, s) -> displacements (B, s, s, 2) in [-1, 1]
+    coordinates; alpha: their strength, sigma: their smoothness, both in pixels."""
     size = noise.shape[-1]
     radius = min(size - 1, int(4 * sigma + 0.5))
     smooth = gaussian_matrix(size, torch.full((1,), sigma, dtype=noise.dtype, device=noise.device), radius)
@@ -360,14 +353,15 @@ class MultiCrop(nn.Module):
 
     def draw(self, view: int, batch: int, gen) -> dict:
         """The random parameters of one view of `batch` images, each a tensor with that many rows."""
-        cfg, device, local = self.cfg, gen.device, view >= 2
-        uniform = lambda *shape: torch.rand(*shape, batch, generator=gen, device=device)
-        between = lambda low, high, *shape: low + (high - low) * uniform(*shape)
-        chance = lambda p: between(0, 1) < p
-        jitter = chance(0.8)
+        def between(low, high, *shape):
+            return low + (high - low) * torch.rand(*shape, batch, generator=gen, device=gen.device)
+
+        def chance(p):
+            return between(0, 1) < p
+        cfg, jitter = self.cfg, chance(0.8)
         blur = chance((1.0, 0.1, 0.5)[min(view, 2)] * cfg.blur)
         return dict(
-            area=between(*(cfg.local_scale if local else cfg.global_scale), 10).T,  # (B, 10): 10 tries
+            area=between(*(cfg.global_scale if view < 2 else cfg.local_scale), 10).T,  # (B, 10): 10 tries
             ratio=between(math.log(3 / 4), math.log(4 / 3), 10).exp().T,  # width / height, in pixels
             place=between(0, 1, 2).T,  # (B, 2): x, y of the crop
             flip=chance(0.5),
@@ -389,13 +383,12 @@ class MultiCrop(nn.Module):
         w = (area * ratio / aspect[:, None]).sqrt()  # (B, 10), of the width
         h = (area / ratio * aspect[:, None]).sqrt()  # (B, 10), of the height
         fits = (w <= 1) & (h <= 1)
-        first = fits.int().argmax(1, keepdim=True)  # (B, 1)
+        any_fits, first = fits.any(1, keepdim=True), fits.int().argmax(1, keepdim=True)  # (B, 1)
+        drawn = torch.cat([w.gather(1, first), h.gather(1, first)], 1)  # (B, 2)
         inner = aspect.clamp(3 / 4, 4 / 3) / aspect  # centre crop of nearest ratio
         fallback = torch.stack([inner.clamp(max=1), (1 / inner).clamp(max=1)], 1)  # (B, 2)
-        drawn = torch.cat([w.gather(1, first), h.gather(1, first)], 1)  # (B, 2)
-        half = torch.where(fits.any(1, keepdim=True), drawn, fallback)
-        centre = torch.where(fits.any(1, keepdim=True), (2 * place - 1) * (1 - half), 0)
-        return torch.cat([centre, half], 1)
+        half = torch.where(any_fits, drawn, fallback)
+        return torch.cat([torch.where(any_fits, (2 * place - 1) * (1 - half), 0), half], 1)
 
     def make_view(self, images, size, p, order, noise=None):
         """One view from its parameters p: images (B, 3, S, S) in [0, 1] -> (B, 3, size, size), normalised."""
@@ -416,27 +409,25 @@ class MultiCrop(nn.Module):
     def forward(self, images, aspect, step):
         """This rank's images (B, 3, S, S) of bytes, aspect (B,) -> a list of V views (B, 3, size, size)."""
         cfg, batch = self.cfg, len(images)
-        mine = slice(self.rank * batch, (self.rank + 1) * batch)
+        total, mine = batch * self.world, slice(self.rank * batch, (self.rank + 1) * batch)
         gen = generator(images.device, cfg.seed, "views", step)
         orders = random.Random(f"{cfg.seed} {step}")  # known without asking the device
-        images, views = images.to(torch.float32) / 255, []
+        images, views, noise = images.to(torch.float32) / 255, [], None
         for view in range(2 + cfg.local_views):
             size = cfg.global_size if view < 2 else cfg.local_size
-            p = {k: v[mine] for k, v in self.draw(view, batch * self.world, gen).items()}
+            p = {k: v[mine] for k, v in self.draw(view, total, gen).items()}
             p["box"] = self.crop_box(p["area"], p["ratio"], p["place"], aspect)
-            noise = None
             if cfg.aug == "caug+":
-                shape = batch * self.world, 2, size, size
-                noise = torch.rand(shape, generator=gen, device=images.device)[mine] * 2 - 1
+                noise = torch.rand(total, 2, size, size, generator=gen, device=images.device)[mine] * 2 - 1
             views.append(self.make_view(images, size, p, orders.sample(range(4), 4), noise))
         return views
 
 
 # ======== 3. Backbones: parameter names are timm's (ViT), torchvision's (ResNet) and the original's (VMamba)
 
-#       blocks, heads, patch, std of the weights (0.02 leaves the blocks of a narrow ViT nearly linear)
-VIT = {"vit_micro": (4, 3, 8, 0.06), "vit_tiny": (12, 3, 16, 0.02), "vit_small": (12, 6, 16, 0.02),
-       "vit_base": (12, 12, 16, 0.02)}
+#  arch: blocks, heads, patch, std of the weights (0.02 leaves the blocks of a narrow ViT nearly linear)
+VIT = dict(vit_micro=(4, 3, 8, 0.06), vit_tiny=(12, 3, 16, 0.02), vit_small=(12, 6, 16, 0.02),
+           vit_base=(12, 12, 16, 0.02))
 
 
 def init_linear(module, std=0.02):
@@ -457,17 +448,15 @@ class Attention(nn.Module):
 
     def project(self, x):
         """Queries, keys and values, each (B, h, N, D/h)."""
-        B, N, D = x.shape
-        return self.qkv(x).view(B, N, 3, self.heads, D // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
 
     def forward(self, x):
-        """(B, N, D) -> (B, N, D)."""
         x = F.scaled_dot_product_attention(*self.project(x))  # (B, h, N, D/h)
         return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, h, D/h) -> (B, N, D)
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with stochastic depth."""
+    """Pre-norm transformer block with stochastic depth: (B, N, D) -> (B, N, D)."""
 
     def __init__(self, dim, heads, drop_path):
         super().__init__()
@@ -477,19 +466,17 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
 
     def forward(self, x):
-        """(B, N, D) -> (B, N, D)."""
         x = x + stochastic_depth(self.attn(self.norm1(x)), self.drop_path, "row", self.training)
         return x + stochastic_depth(self.mlp(self.norm2(x)), self.drop_path, "row", self.training)
 
 
 class VisionTransformer(nn.Module):
-    """ViT (arXiv 2010.11929) for images of any size that the patch divides: (B, 3, H, W) -> CLS token (B, D)."""
+    """ViT (arXiv 2010.11929) for images that the patch divides: (B, 3, H, W) -> CLS token (B, D)."""
 
     def __init__(self, img_size, patch_size, embed_dim, depth, heads, drop_path=0.0, init_std=0.02):
         super().__init__()
         self.embed_dim, self.patch_size = embed_dim, patch_size
-        self.patch_embed = nn.Module()
-        self.patch_embed.proj = nn.Conv2d(3, embed_dim, patch_size, patch_size)
+        self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, embed_dim, patch_size, patch_size)))
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (img_size // patch_size) ** 2, embed_dim))
         rates = torch.linspace(0, drop_path, depth).tolist()
@@ -500,7 +487,7 @@ class VisionTransformer(nn.Module):
         init_linear(self, init_std)
 
     def tokens(self, x):
-        """Images (B, 3, H, W) -> tokens (B, 1 + N, D), CLS first; position embeddings interpolated to H x W."""
+        """Images (B, 3, H, W) -> tokens (B, 1 + N, D), CLS first; position embeddings fitted to H x W."""
         x = self.patch_embed.proj(x)  # (B, D, h, w)
         cls_pos, pos = self.pos_embed[:, :1], self.pos_embed[:, 1:]  # (1, 1, D), (1, n, D)
         side = math.isqrt(pos.shape[1])
@@ -521,15 +508,19 @@ class VisionTransformer(nn.Module):
 
     def get_last_selfattention(self, x):
         """Attention weights of the last block: (B, heads, 1 + N, 1 + N); row 0 is the CLS token's."""
-        x = self.tokens(x)
+        x, last = self.tokens(x), self.blocks[-1]
         for block in self.blocks[:-1]:
             x = block(x)
-        q, k, _ = self.blocks[-1].attn.project(self.blocks[-1].norm1(x))  # each (B, h, 1 + N, D/h)
+        q, k, _ = last.attn.project(last.norm1(x))  # each (B, h, 1 + N, D/h)
         return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
 
     def forward(self, x):
-        """(B, 3, H, W) -> (B, D): the CLS token after the last norm."""
         return self.get_intermediate_layers(x)[0][:, 0]
+
+
+# VMamba-Tiny, arXiv 2401.10166; its scan goes back to Mamba, arXiv 2312.00752. B batch, D channels, H, W map,
+# L = H W, K = 4 scan directions, R rank of the time step. Maps are channel last, (B, H, W, D). Sequences are
+# cut in S chunks of T steps, about sqrt(L) each, the last one filled up with zeros.
 
 
 # VMamba-Tiny, arXiv 2401.10166; its scan goes back to Mamba, arXiv 2312.00752. B batch, D channels, H, W map,
@@ -588,20 +579,18 @@ class SelectiveScan(torch.autograd.Function):
     -> z (B, H, W, D), float32 (or float64): the cross merge of y_t = C_t h_t where, u = v in its order,
         h_t = exp(delta_t A) h_(t-1) + delta_t B_t u_t,  delta_t = softplus(dt_weight r_t + dt_bias),
         A = -exp(A_logs).
-    Kept for the backward: the inputs and h at the chunk starts. All else is computed again.
-    """
+    Kept for the backward: the inputs and h at the chunk starts. All else is computed again."""
 
     @staticmethod
     def time_step(r, dt_weight, dt_bias, out=None):  # r (B, K, S T, R) -> (B, K, S T, D)
-        q = torch.matmul(r, dt_weight.to(r.dtype).transpose(1, 2), out=out)
-        return q.add_(dt_bias[:, None].to(r.dtype))
+        return torch.matmul(r, dt_weight.to(r.dtype).mT, out=out).add_(dt_bias[:, None].to(r.dtype))
 
     @staticmethod
     def discretise(v, p, dt_weight, dt_bias, A_logs):
         r, B, C = cross_scan(p).split([p.shape[4] - 2, 1, 1], 3)  # (B, K, S T, R), (B, K, S T, 1) twice
         q = SelectiveScan.time_step(r, dt_weight, dt_bias)  # (B, K, S T, D)
-        # softplus: on the CPU F.softplus takes longer than the scan, logaddexp is as exact and ten times
-        # as fast; on a GPU logaddexp may round a small delta off
+        # softplus: on the CPU logaddexp is as exact as F.softplus and ten times as fast; on a GPU it may
+        # round a small delta off
         delta = torch.logaddexp(q, q.new_zeros(())) if q.device.type == "cpu" else F.softplus(q)
         A = -A_logs.to(q.dtype).exp().view(p.shape[3], 1, -1)  # (K, 1, D)
         steps = lambda x: x.unflatten(2, chunking(*v.shape[1:3])[::-1]).unbind(3)  # -> T views (B, K, S, D)
@@ -621,13 +610,12 @@ class SelectiveScan(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dz):
         v, p, dt_weight, dt_bias, A_logs, c = ctx.saved_tensors
-        H, W = v.shape[1:3]
         with torch.autocast(v.device.type, enabled=False):
             r, B, C, delta, A, a, h, steps = SelectiveScan.discretise(v, p, dt_weight, dt_bias, A_logs)
             chunk_scan_(steps(a), steps(h), c)  # (B, K, S T, D)
             dy = cross_scan(dz)  # (B, K, S T, D)
             dC = torch.stack([(dy[:, k] * h[:, k]).sum(2, True) for k in range(p.shape[3])], 1)
-            # gamma_t = C_t dy_t + a_(t+1) gamma_(t+1): the same scan from the end, a taken from the next step
+            # gamma_t = C_t dy_t + a_(t+1) gamma_(t+1): the same scan from the end, a of the next step
             gamma = dy.mul_(C)
             a_next = [*steps(a)[1:], F.pad(steps(a)[0][:, :, 1:], (0, 0, 0, 1))][::-1]
             back = steps(gamma)[::-1]
@@ -639,11 +627,11 @@ class SelectiveScan(torch.autograd.Function):
             gamma.mul_(delta)
             dB = u.mul_(gamma).sum(3, keepdim=True)  # (B, K, S T, 1)
             dA = a.mul_(gamma).sum((0, 2))  # (K, D)
-            dv = reduce(torch.add, cross_unscan(gamma.mul_(B), H, W))  # (B, H, W, D)
+            dv = reduce(torch.add, cross_unscan(gamma.mul_(B), *v.shape[1:3]))  # (B, H, W, D)
             dq.mul_(SelectiveScan.time_step(r, dt_weight, dt_bias, out=u).sigmoid_())  # (B, K, S T, D)
             dp = torch.cat([torch.matmul(dq, dt_weight.to(dq.dtype)), dB, dC], 3)  # (B, K, S T, R + 2)
-            dp = torch.stack(cross_unscan(dp, H, W), 3)  # (B, H, W, K, R + 2)
-            dw = torch.matmul(dq.transpose(2, 3), r).sum(0)  # (K, D, R)
+            dp = torch.stack(cross_unscan(dp, *v.shape[1:3]), 3)  # (B, H, W, K, R + 2)
+            dw = torch.matmul(dq.mT, r).sum(0)  # (K, D, R)
             grads = dv, dp, dw, dq.sum((0, 2)), (A[:, 0] * dA).view_as(A_logs)
             return tuple(g.to(x.dtype) for g, x in zip(grads, ctx.saved_tensors))
 
@@ -692,26 +680,23 @@ class VSSBlock(nn.Module):
         super().__init__()
         self.drop_path = drop_path
         self.norm, self.op, self.norm2 = nn.LayerNorm(dim), SS2D(dim), nn.LayerNorm(dim)
-        self.mlp = nn.ModuleDict(OrderedDict(fc1=nn.Linear(dim, 4 * dim), fc2=nn.Linear(4 * dim, dim)))
+        self.mlp = nn.ModuleDict(dict(fc1=nn.Linear(dim, 4 * dim), fc2=nn.Linear(4 * dim, dim)))
 
     def forward(self, x):
-        """(B, H, W, D) -> (B, H, W, D)."""
         x = x + stochastic_depth(self.op(x, self.norm), self.drop_path, "row", self.training)
-        t = recompute(recompute(x, self.norm2, self.mlp["fc1"]), F.gelu, self.mlp["fc2"])
+        t = recompute(recompute(x, self.norm2, self.mlp.fc1), F.gelu, self.mlp.fc2)
         return x + stochastic_depth(t, self.drop_path, "row", self.training)
 
 
 class VMamba(nn.Module):
-    """VMamba-Tiny (2401.10166), no head: (B, 3, any height, any width) -> (B, dims[-1]).
-
-    Parameter names and order are the original's; Permute stands where the original has parameter-free layers.
-    """
+    """VMamba-Tiny (2401.10166), no head: (B, 3, any height, any width) -> (B, dims[-1])."""
 
     def __init__(self, drop_path=0.2, dims=(96, 192, 384, 768), depths=(2, 2, 8, 2)):
         super().__init__()
-        self.embed_dim = dims[-1]
+        self.embed_dim, half = dims[-1], dims[0] // 2
+        # names and order of parameters are the original's; Permute stands for its parameter-free layers
         first, last = Permute([0, 3, 1, 2]), Permute([0, 2, 3, 1])  # the channels
-        conv, half = partial(nn.Conv2d, kernel_size=3, stride=2, padding=1), dims[0] // 2
+        conv = partial(nn.Conv2d, kernel_size=3, stride=2, padding=1)
         self.patch_embed = nn.Sequential(conv(3, half), last, nn.LayerNorm(half), first, nn.GELU(),
                                          conv(half, dims[0]), last, nn.LayerNorm(dims[0]))
         rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
@@ -725,8 +710,7 @@ class VMamba(nn.Module):
         init_linear(self)
 
     def forward(self, x):
-        """(B, 3, H, W) -> (B, dims[-1])."""
-        return self.classifier(self.layers(self.patch_embed(x))).mean((1, 2))  # (B, D)
+        return self.classifier(self.layers(self.patch_embed(x))).mean((1, 2))  # (B, H, W, D) -> (B, D)
 
 
 def build_backbone(arch: str, img_size: int, patch_size: int = 0, drop_path: float = 0.0) -> nn.Module:
@@ -736,19 +720,18 @@ def build_backbone(arch: str, img_size: int, patch_size: int = 0, drop_path: flo
         return VisionTransformer(img_size, patch_size or patch, EMBED_DIM[arch], depth, heads, drop_path, std)
     if arch == "vmamba_tiny":
         return VMamba(drop_path=2 * drop_path)  # its authors' 0.2 where ViTs have 0.1
-    net = {"resnet18": torchvision.models.resnet18, "resnet50": torchvision.models.resnet50}[arch]()
+    net = getattr(torchvision.models, arch)()
     net.fc, net.embed_dim = nn.Identity(), EMBED_DIM[arch]
     if img_size <= 64:  # keep the resolution of small images
         net.conv1, net.maxpool = nn.Conv2d(3, 64, 3, 1, 1, bias=False), nn.Identity()
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
     return net.to(memory_format=torch.channels_last)
 
-
 # ======== 4. Split and heads
 
 
 def split(z, ratio):
-    """z (..., D) -> IR z[:d], EF z[d:] with d = int(ratio * D) (paper, section 3). The one place that splits."""
+    """z (..., D) -> IR z[:d], EF z[d:], d = int(ratio * D) (paper, section 3). The one place that splits."""
     d = int(ratio * z.shape[-1])
     return z[..., :d], z[..., d:]
 
@@ -815,13 +798,13 @@ def mean_over_pairs(term, student, teacher):
 
     student (V, B, K): logits; teacher (G, B, K): P of the first G views; term: (G', B, K), (B, K) -> (G', B).
     The backward computes a view's term again, so that never more than one view's softmax is in memory."""
-    V, G, B = len(student), len(teacher), student.shape[1]
+    (V, B, _), G = student.shape, len(teacher)
 
     def of_view(logits, j):
         others = teacher if j >= G else torch.cat([teacher[:j], teacher[j + 1:]])  # all i != j
         return term(others, wide(logits)).sum()
-    total = sum(checkpoint(of_view, student[j], j, use_reentrant=False, preserve_rng_state=False) for j in range(V))
-    return total / ((V - 1) * G * B)
+    again = dict(use_reentrant=False, preserve_rng_state=False)
+    return sum(checkpoint(of_view, student[j], j, **again) for j in range(V)) / ((V - 1) * G * B)
 
 
 def invariance_loss(student, teacher, centre, student_temp=0.1, teacher_temp=0.04):
@@ -834,10 +817,8 @@ def invariance_loss(student, teacher, centre, student_temp=0.1, teacher_temp=0.0
 
 
 def orthogonality_loss(student, teacher, centre, student_temp=0.1, teacher_temp=0.04):
-    """L_Orth: mean of |cos(P'_i, Q'_j)|; views of one image differ in EF. Arguments: those of L_CL, of h_EF.
-
-    (Softmaxes are not negative, so the absolute value changes nothing; it is the paper's formula.)"""
-    def cosine(P, logits):
+    """L_Orth: mean of |cos(P'_i, Q'_j)|; views of one image differ in EF. Arguments as of L_CL, from h_EF."""
+    def cosine(P, logits):  # the paper's |.| changes nothing here: softmaxes are not negative
         Q = F.softmax(logits / student_temp, -1)  # (B, K)
         return (torch.einsum("gbk,bk->gb", P, Q) / (P.norm(dim=-1) * Q.norm(dim=-1))).abs()
     return mean_over_pairs(cosine, student, sharpen(teacher, centre, teacher_temp))
@@ -845,9 +826,8 @@ def orthogonality_loss(student, teacher, centre, student_temp=0.1, teacher_temp=
 
 def projector_regularization(head_ir, head_ef):
     """L_PReg: |Σ‖θ‖² over h_IR - Σ‖θ‖² over h_EF| of two heads (modules): neither wins by growing."""
-    square = lambda head: sum(torch.linalg.vector_norm(p) ** 2 for p in head.parameters())
-    return (square(head_ir) - square(head_ef)).abs()
-
+    ir, ef = (sum(torch.linalg.vector_norm(p) ** 2 for p in h.parameters()) for h in (head_ir, head_ef))
+    return (ir - ef).abs()
 
 def clever_loss(cfg, student_logits, teacher_logits, centres, heads):
     """L = L_CL + λ_orth L_Orth + λ_reg L_PReg: a dict of named terms, "loss" last. Without an EF, L = L_CL.
@@ -887,9 +867,8 @@ def collapse_metrics(features, probabilities) -> dict:
 
 
 def collapse_alarm(part: str, m: dict, K: int) -> str:
-    """One sentence when `collapse_metrics` of a part say collapse, with what to try; else an empty string.
-
-    A uniform teacher is an alarm in IR alone: L_Orth has nothing against it (README, results)."""
+    """One sentence when `collapse_metrics` of a part say collapse, with what to try; else an empty string."""
+    # a uniform teacher is an alarm in IR alone: L_Orth has nothing against it (README, results)
     if part == "IR" and m["entropy"] > 0.99 * math.log(K):
         what, cure = "the teacher's output is uniform", "lower --teacher-temp or --lr, raise --freeze-epochs"
     elif m["kl_uniform"] > 0.95 * math.log(K):
@@ -898,8 +877,9 @@ def collapse_alarm(part: str, m: dict, K: int) -> str:
         what, cure = "all images have nearly the same features", "lower --lr, raise --momentum or --batch"
     else:
         return ""
-    return (f"COLLAPSE of {part}: {what} (entropy {m['entropy']:.2f} of at most {math.log(K):.2f}, divergence of "
-            f"the mean {m['kl_uniform']:.2f}, std {m['std']:.3f}, effective rank {m['rank']:.1f}). Try: {cure}.")
+    return (f"COLLAPSE of {part}: {what} (entropy {m['entropy']:.2f} of at most {math.log(K):.2f}, "
+            f"divergence of the mean {m['kl_uniform']:.2f}, std {m['std']:.3f}, "
+            f"effective rank {m['rank']:.1f}). Try: {cure}.")
 
 
 # ======== 7. Data: a worker decodes and squashes to a square of bytes; small data sits decoded on the device
@@ -908,19 +888,19 @@ def collapse_alarm(part: str, m: dict, K: int) -> str:
 def draw_patterns(count: int, seed: int, side: int = 32):
     """Two-tone periodic patterns of ten classes, none symmetric under a quarter turn.
 
-    Returns bytes (count, 3, side, side) and labels. Random period, phase, duty and a tilt of up to 10 degrees;
+    Returns bytes (count, 3, side, side) and labels. Random period, phase, duty and tilt of up to 10 degrees;
     nearly constant greys, for random ones are a shortcut that the network takes."""
     gen = generator("cpu", seed, "patterns")
-    between = lambda low, high, *shape: low + (high - low) * torch.rand(count, *shape, generator=gen)
-    labels = torch.arange(count) % 10
+
+    def between(low, high):  # (count, 1, 1)
+        return low + (high - low) * torch.rand(count, 1, 1, generator=gen)
     axis = (torch.arange(2 * side) + 0.5) / 2 - side / 2  # drawn at twice the size
     y, x = torch.meshgrid(axis, axis, indexing="ij")  # y points down
-    column = lambda t: t[:, None, None]
-    tilt, period = column(between(-10, 10).deg2rad()), column(between(8, 11))
-    f = (x * tilt.cos() + y * tilt.sin()) / period + column(between(0, 1))  # (count, 2 side, 2 side)
-    g = (y * tilt.cos() - x * tilt.sin()) / period * column(between(0.95, 1.05)) + column(between(0, 1))
-    duty = column(between(0.4, 0.48))
-    draw = [
+    tilt, period = between(-10, 10).deg2rad(), between(8, 11)
+    f = (x * tilt.cos() + y * tilt.sin()) / period + between(0, 1)  # (count, 2 side, 2 side)
+    g = (y * tilt.cos() - x * tilt.sin()) / period * between(0.95, 1.05) + between(0, 1)
+    duty, image = between(0.4, 0.48), torch.empty_like(f)
+    patterns = [  # of the coordinates f, g in periods, a, b within one, and the duty d
         lambda a, b, f, g, d: b < d,  # stripes
         lambda a, b, f, g, d: (g + (2 * a - 1).abs() / 2) % 1 < d,  # zigzag
         lambda a, b, f, g, d: (2 * g % 1 > d / 2) & ((f + (2 * g % 2).floor() / 2) % 1 > d / 3),  # bricks
@@ -930,16 +910,15 @@ def draw_patterns(count: int, seed: int, side: int = 32):
         lambda a, b, f, g, d: ((a - 0.5) / 0.45) ** 2 + ((b - 0.5) / (0.5 * d)) ** 2 < 1,  # flat ellipses
         lambda a, b, f, g, d: (b < d / 2) | ((b < 0.75) & ((2 * f) % 1 < d)),  # combs
         lambda a, b, f, g, d: ((g + (2 * a - 1).abs()) % 1 < d) & (a > 0.12) & (a < 0.88),  # chevrons
-        lambda a, b, f, g, d: (g + 0.25 * ((2 * f) % 4).floor()) % 1 < d,  # steps
-    ]
-    image = torch.empty(count, 2 * side, 2 * side)
-    for c, bright in enumerate(draw):
-        part = f[c::10], g[c::10]
-        image[c::10] = bright(part[0] % 1, part[1] % 1, *part, duty[c::10]).float()
-    image = F.avg_pool2d(image[:, None], 2)  # (count, 1, side, side)
-    low, high = between(0.12, 0.14, 1, 1, 1), between(0.86, 0.88, 1, 1, 1)
-    image = low + (high - low) * image + 0.02 * torch.randn(image.shape, generator=gen)
-    return (image.clamp(0, 1) * 255).byte().expand(-1, 3, -1, -1).contiguous(), labels
+        lambda a, b, f, g, d: (g + 0.25 * ((2 * f) % 4).floor()) % 1 < d]  # steps
+    for c, bright in enumerate(patterns):
+        u, v = f[c::10], g[c::10]
+        image[c::10] = bright(u % 1, v % 1, u, v, duty[c::10]).float()
+    low, high = between(0.12, 0.14), between(0.86, 0.88)
+    image = low + (high - low) * F.avg_pool2d(image[:, None], 2)[:, 0]  # (count, side, side)
+    image = image + 0.02 * torch.randn(image.shape, generator=gen)
+    pixels = (image.clamp(0, 1) * 255).byte()[:, None].expand(-1, 3, -1, -1).contiguous()
+    return pixels, torch.arange(count) % 10
 
 
 def decode(path, side: int):
@@ -957,16 +936,14 @@ def decode(path, side: int):
 class Images(Dataset):
     """One split of a data set, as files (`paths`) or in memory (`pixels`).
 
-    Item i: bytes (3, S, S), width / height, i. A file that cannot be read is replaced by the next one that can,
-    and i is returned as -1 - i."""
+    Item i: bytes (3, S, S), width / height, i. A file that cannot be read is replaced by the next one that
+    can, and i is returned as -1 - i."""
 
     def __init__(self, side, labels, classes, paths=None, pixels=None):
         self.side, self.labels, self.classes = side, torch.as_tensor(labels), classes
-        self.paths, self.pixels, self.aspect, self.bad = paths, pixels, None, set()
-        if pixels is not None:
-            self.aspect = torch.ones(len(pixels))
-            if pixels.shape[-1] != side:
-                self.pixels = F.interpolate(pixels, size=(side, side), mode="bicubic", antialias=True)
+        self.paths, self.pixels, self.aspect, self.bad = paths, pixels, torch.ones(len(labels)), set()
+        if pixels is not None and pixels.shape[-1] != side:
+            self.pixels = F.interpolate(pixels, size=(side, side), mode="bicubic", antialias=True)
 
     def __len__(self):
         return len(self.labels)
@@ -977,19 +954,19 @@ class Images(Dataset):
                 return *decode(self.paths[(i + k) % len(self)], self.side), i if k == 0 else -1 - i
             except Exception:  # whatever a broken file provokes
                 continue
-        return torch.zeros(3, self.side, self.side, dtype=torch.uint8), 1.0, -1 - i  # the epoch's end stops it
+        return torch.zeros(3, self.side, self.side, dtype=torch.uint8), 1.0, -1 - i  # the epoch's end stops
 
     def keep(self, indices):
         """Reduce the split to these images, in this order."""
-        self.labels = self.labels[indices]
+        self.labels, self.aspect = self.labels[indices], self.aspect[indices]
         if self.pixels is None:
             self.paths = [self.paths[i] for i in indices.tolist()]
         else:
-            self.pixels, self.aspect = self.pixels[indices], self.aspect[indices]
+            self.pixels = self.pixels[indices]
 
     def note_bad(self, indices):
         """Remember the images that could not be read; name each once."""
-        for i in {-1 - int(i) for i in indices if i < 0} - self.bad:
+        for i in {-1 - i for i in indices if i < 0} - self.bad:
             self.bad.add(i)
             tqdm.write(f"warning: cannot read {self.paths[i]}, another image takes its place", sys.stderr)
 
@@ -998,8 +975,8 @@ class Images(Dataset):
         if self.pixels is not None:
             for indices in batches:
                 indices = torch.as_tensor(indices)
-                if self.pixels.device.type == "cuda":
-                    indices = indices.pin_memory().to(self.pixels.device, non_blocking=True)
+                if self.pixels.is_cuda:
+                    indices = indices.pin_memory().to(device, non_blocking=True)
                 yield self.pixels[indices].to(device), self.aspect[indices].to(device)
             return
         loader = DataLoader(self, batch_sampler=batches, num_workers=workers, worker_init_fn=quiet_worker,
@@ -1010,51 +987,53 @@ class Images(Dataset):
 
     def hold(self, device, workers, allowed=True):
         """Keep all images decoded in the device's memory, if they fill at most a quarter of it."""
-        if device.type == "cuda":
-            memory = torch.cuda.get_device_properties(device).total_memory
-        else:  # shared by a machine's processes
-            memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-            memory //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if self.pixels is None and allowed and len(self) * 3 * self.side ** 2 <= memory / 4:
+        memory = (torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else
+                  os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") //
+                  int(os.environ.get("LOCAL_WORLD_SIZE", 1)))  # shared by a machine's processes
+        if self.pixels is not None:
+            self.pixels, self.aspect = self.pixels.to(device), self.aspect.to(device)
+        elif allowed and len(self) * 3 * self.side ** 2 <= memory / 4:
             chunks = [range(i, min(i + 64, len(self))) for i in range(0, len(self), 64)]
             bar = tqdm(self.stream(chunks, device, workers), "decode", len(chunks), unit=" batches",
                        disable=not sys.stderr.isatty() or distributed()[0] > 0, leave=False)
             self.pixels, self.aspect = map(torch.cat, zip(*bar))
-        elif self.pixels is not None:
-            self.pixels, self.aspect = self.pixels.to(device), self.aspect.to(device)
 
 
 def quiet_worker(_):
     """A stop signal is for the main process: it finishes its step, with the data its workers still bring."""
     torch.set_num_threads(1)
-    for s in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(s, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def load_images(data: str, split: str, side: int) -> Images:
-    """The split "train" or "val" of a data set at side x side pixels. Raises UserError where there is none."""
+    """The split "train" or "val" of a data set at side x side pixels. Raises UserError if there is none."""
+    known = dict(cifar10=torchvision.datasets.CIFAR10, cifar100=torchvision.datasets.CIFAR100)
     if data == "patterns":
         pixels, labels = draw_patterns(*{"train": (4096, 0), "val": (2000, 1)}[split])
         return Images(side, labels, [str(c) for c in range(10)], pixels=pixels)
-    if data in ("cifar10", "cifar100"):
-        kind = {"cifar10": torchvision.datasets.CIFAR10, "cifar100": torchvision.datasets.CIFAR100}[data]
+    if data in known:
         try:
-            cifar = kind(".data", train=split == "train", download=True)
+            os.makedirs(".data", exist_ok=True)
+            lock = os.open(".data", os.O_RDONLY)
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one process of a machine downloads, the others wait
+            cifar = known[data](".data", train=split == "train", download=True)
+            os.close(lock)
         except Exception as e:
             raise UserError(f"--data {data}: neither in .data nor to be downloaded ({e}); name a folder")
         pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()  # (N, 3, 32, 32)
         return Images(side, cifar.targets, cifar.classes, pixels=pixels)
-    folder = Path(data) / split
     if not Path(data).is_dir():
-        raise UserError(f"--data {data} is no folder, and none of patterns, cifar10, cifar100"
-                        f"{near(data, ('patterns', 'cifar10', 'cifar100'))}")
+        raise UserError(f"--data {data} is no folder, and none of patterns, {', '.join(known)}"
+                        f"{near(data, ('patterns', *known))}")
+    folder = Path(data) / split
     if not folder.is_dir():
         raise UserError(f"--data {data} has no folder {split}/; expected {split}/<class>/<images>")
     try:
         files = torchvision.datasets.ImageFolder(folder)
-    except (FileNotFoundError, OSError) as e:
-        what = str(e).split(" Supported")[0].rstrip(".")
-        raise UserError(f"--data {folder}: {what}; expected <class>/<images>")
+    except OSError as e:  # also of a class without images
+        why = str(e).split(" Supported")[0].rstrip(".")
+        raise UserError(f"--data {folder}: {why}; expected <class>/<images>")
     return Images(side, files.targets, files.classes, paths=[path for path, _ in files.samples])
 
 
@@ -1096,6 +1075,7 @@ def pick_precision(name: str, device: torch.device):
 
 class Training:
     """All that changes while training: student, teacher, optimiser, centres, and their schedules."""
+    STATEFUL = "student", "teacher", "optimizer", "scaler"
 
     def __init__(self, cfg: Config, steps_per_epoch: int, device="cpu"):
         self.cfg, self.device, self.steps_per_epoch = cfg, torch.device(device), steps_per_epoch
@@ -1110,21 +1090,22 @@ class Training:
             convert = nn.SyncBatchNorm.convert_sync_batchnorm
             self.student, self.teacher = convert(self.student), convert(self.teacher)
         self.teacher.load_state_dict(self.student.state_dict())
-        groups = [dict(params=[]), dict(params=[], weight_decay=0.0)]
+        decayed, free = dict(params=[]), dict(params=[], weight_decay=0.0)
         for name, p in self.student.named_parameters():
-            groups[p.ndim == 1 or name.endswith(".bias")]["params"].append(p)
-        self.optimizer = torch.optim.AdamW(groups, fused=True)
+            (free if p.ndim == 1 or name.endswith(".bias") else decayed)["params"].append(p)
+        self.optimizer = torch.optim.AdamW([decayed, free], fused=True)
         self.dtype = pick_precision(cfg.precision, self.device)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
-        heads = [h for h in (self.student.head_ir, self.student.head_ef) if h is not None]
-        self.centres = [torch.zeros(h.prototypes.out_features, device=device) for h in heads]
+        self.heads = [h for h in (self.student.head_ir, self.student.head_ef) if h is not None]
+        self.centres = [torch.zeros(h.prototypes.out_features, device=device) for h in self.heads]
         total, warmup = cfg.epochs * steps_per_epoch, cfg.warmup_epochs * steps_per_epoch
         self.lr = cosine_schedule(cfg.lr * cfg.batch / 256, cfg.min_lr, total, warmup)
         self.weight_decay = cosine_schedule(cfg.weight_decay, cfg.weight_decay_end, total)
         self.momentum = cosine_schedule(cfg.momentum, 1.0, total)
         self.loss, self.ddp, self.stop = clever_loss, self.student, 0
         if cfg.compile:
-            self.student.compile(), self.teacher.compile()
+            for net in (self.student, *self.teacher.children()):  # a step calls the teacher's parts
+                net.compile()
             self.loss = torch.compile(clever_loss)
         if self.world > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
@@ -1138,16 +1119,13 @@ class Training:
 
     def state_dict(self) -> dict:
         """Everything that a resumed run needs, as plain tensors and numbers."""
-        return dict(student=self.student.state_dict(), teacher=self.teacher.state_dict(),
-                    optimizer=self.optimizer.state_dict(), scaler=self.scaler.state_dict(), centres=self.centres,
-                    backbone=self.teacher.backbone.state_dict())
+        return {**{name: getattr(self, name).state_dict() for name in self.STATEFUL},
+                "centres": self.centres, "backbone": self.teacher.backbone.state_dict()}
 
     def load_state_dict(self, state: dict) -> None:
         """Raises RuntimeError, KeyError or ValueError where a part is missing or does not fit."""
-        self.student.load_state_dict(state["student"])
-        self.teacher.load_state_dict(state["teacher"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
+        for name in self.STATEFUL:
+            getattr(self, name).load_state_dict(state[name])
         for mine, saved in zip(self.centres, state["centres"], strict=True):
             mine.copy_(saved)
 
@@ -1175,10 +1153,10 @@ def mean_over_processes(tensors: list) -> list:
 
 
 def train_step(t: Training, views: list, step: int, mark=lambda phase: None) -> dict:
-    """One optimisation step from this process's V views (B, 3, h, w); updates student, teacher, centres in place.
+    """One optimisation step from this process's V views (B, 3, h, w): student, teacher and centres, in place.
 
-    Returns the named loss terms, means over all processes, as tensors on the device (`float` of one waits), and
-    "stop", positive where a process was told to. mark(phase) is called after each phase (`--profile`)."""
+    Returns the named loss terms, means over all processes, as tensors on the device (`float` of one waits),
+    and "stop", positive where a process was told to. mark(phase) is called after each phase (`--profile`)."""
     cfg = t.cfg
     torch.manual_seed(seed_of(cfg.seed, "depth", step, t.rank))  # of stochastic depth
     for group in t.optimizer.param_groups:
@@ -1206,9 +1184,8 @@ def train_step(t: Training, views: list, step: int, mark=lambda phase: None) -> 
     if cfg.clip:
         clip_gradients(t.student.parameters(), cfg.clip)
     if step < cfg.freeze_epochs * t.steps_per_epoch:
-        for head in (t.student.head_ir, t.student.head_ef):
-            if head is not None:
-                head.prototypes.weight.grad = None
+        for head in t.heads:
+            head.prototypes.weight.grad = None
     t.scaler.step(t.optimizer)
     t.scaler.update()
     # 6. teacher <- m teacher + (1 - m) student; centre <- 0.9 centre + 0.1 mean of the teacher's logits
@@ -1228,7 +1205,7 @@ def train_step(t: Training, views: list, step: int, mark=lambda phase: None) -> 
 
 
 def write_whole(path: Path, write) -> None:
-    """Let write(file) fill a file aside, flush and rename it: a reader sees the old one or the new, no part."""
+    """Let write(file) fill a file aside, then rename it: a reader sees the old one or the new, no part."""
     aside = path.with_name(path.name + ".tmp")
     try:
         with open(aside, "wb") as file:
@@ -1249,11 +1226,12 @@ def write_json(path: Path, content: dict) -> None:
 def setup(cfg: Config) -> tuple[int, int, torch.device]:
     """Join the processes that torchrun started, if it did: (rank, world, device). Raises UserError."""
     world, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    neighbours = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # processes on this machine
     if cfg.batch % world:
         raise UserError(f"--batch {cfg.batch} cannot be shared evenly by {world} processes; take a multiple")
     cuda = cfg.device == "cuda" or (cfg.device == "auto" and torch.cuda.is_available())
-    if cuda and local >= torch.cuda.device_count():
-        raise UserError(f"process {local} has no GPU among {torch.cuda.device_count()}; start fewer processes")
+    if cuda and neighbours > torch.cuda.device_count():
+        raise UserError(f"{neighbours} processes share {torch.cuda.device_count()} GPUs; start fewer")
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
@@ -1273,8 +1251,8 @@ def stored_side(size: int) -> int:
 
 def worker_count(workers: int) -> int:
     """--workers, or one for each core that this process can have to itself."""
-    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return workers if workers >= 0 else max(1, cores)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()  # macOS
+    return workers if workers >= 0 else max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def open_data(cfg: Config) -> Images:
@@ -1289,32 +1267,32 @@ def open_data(cfg: Config) -> Images:
     return data
 
 
+def make_folder(cfg: Config, need: int):
+    """The run's folder, made, with config.json and room for `need` bytes; or the UserError to raise."""
+    try:
+        out, stem = Path(cfg.out), f"{Path(cfg.data).name}-{cfg.method}-{cfg.aug.replace('+', 'plus')}"
+        if not cfg.out:
+            out = next(p for n in range(1, 10 ** 6) if not (p := Path("runs") / f"{stem}-{n}").exists())
+        if not cfg.resume and (out / "config.json").exists():
+            return UserError(f"--out {out} holds a run; go on with --resume, or name another folder")
+        disk = next(p for p in [out, *out.absolute().parents] if p.exists())
+        if (free := shutil.disk_usage(disk).free) < need:
+            return UserError(f"--out {out} needs {need >> 20} MiB, {free >> 20} are free; make room")
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / "config.json", {**vars(cfg), "out": str(out), "resume": False})
+        return out
+    except OSError as e:
+        return UserError(f"--out {cfg.out}: cannot be written ({e.strerror}); name another folder")
+
+
 def open_run(cfg: Config, rank: int, need: int) -> Path:
-    """The folder of the run, with room for `need` bytes, made by rank 0, told to the others. Raises UserError."""
-    answer = [None]
-    if rank == 0:
-        try:
-            out = Path(cfg.out or "runs")
-            if not cfg.out:
-                stem = f"{Path(cfg.data).name}-{cfg.method}-{cfg.aug.replace('+', 'plus')}"
-                out = next(p for n in range(1, 10 ** 6) if not (p := out / f"{stem}-{n}").exists())
-            if not cfg.resume and (out / "config.json").exists():
-                raise UserError(f"--out {out} holds a run; go on with --resume, or name another folder")
-            disk = next(p for p in [out, *out.absolute().parents] if p.exists())
-            if (free := shutil.disk_usage(disk).free) < need:
-                raise UserError(f"--out {out} needs {need >> 20} MiB, {free >> 20} are free; make room")
-            out.mkdir(parents=True, exist_ok=True)
-            write_json(out / "config.json", {**vars(cfg), "out": str(out), "resume": False})
-            answer = [str(out)]
-        except OSError as e:
-            answer = [UserError(f"--out {cfg.out}: cannot be written ({e.strerror}); name another folder")]
-        except UserError as e:
-            answer = [e]
+    """The folder of the run, made by rank 0, told to the others. Raises UserError on all of them."""
+    answer = [make_folder(cfg, need) if rank == 0 else None]
     if dist.is_initialized():
         dist.broadcast_object_list(answer)
-    if isinstance(answer[0], Exception):
+    if isinstance(answer[0], UserError):
         raise answer[0]
-    return Path(answer[0])
+    return answer[0]
 
 
 def load_checkpoint(path: Path, t: Training) -> dict:
@@ -1340,40 +1318,44 @@ class Run:
 
     def __init__(self, cfg: Config, t: Training, data: Images, out: Path):
         self.cfg, self.t, self.data, self.out = cfg, t, data, out
-        self.step, self.sums, self.waiting = 0, {}, None
-        self.saved, self.last_good = time.monotonic(), "none yet"
-        path, log = out / "checkpoint.pt", out / "log.jsonl"
-        if cfg.resume and path.exists():
-            state = load_checkpoint(path, t)
+        self.step, self.sums, self.waiting, self.told = 0, {}, None, False
+        self.saved, self.last_good, self.path = time.monotonic(), "none yet", out / "checkpoint.pt"
+        log = out / "log.jsonl"
+        if cfg.resume and self.path.exists():
+            state = load_checkpoint(self.path, t)
             self.step, self.sums = state["step"], state["sums"]
-            self.last_good = f"{path}, step {self.step}"
+            self.last_good = f"{self.path}, step {self.step}"
             data.bad |= set(state["bad"])
         if t.rank == 0 and cfg.resume and log.exists():  # drop what came after the checkpoint
             lines = log.read_bytes().splitlines(keepends=True)[:self.step // t.steps_per_epoch]
             write_whole(log, lambda f: f.writelines(lines))
+
+    def give_up(self, what: str):
+        """Raise SystemExit for something that is not finite."""
+        raise SystemExit(f"clever.py: {what}. The last good checkpoint: {self.last_good}. "
+                         "Try a lower --lr, or --precision fp32.")
 
     def save(self) -> None:
         """Write checkpoint.pt and backbone.pt; a failure is said aloud and costs only this checkpoint."""
         self.saved = time.monotonic()
         if self.t.rank > 0:
             return
-        path = self.out / "checkpoint.pt"
-        if not all(p.isfinite().all() for p in self.t.student.parameters()):  # the next loss would tell, too late
-            raise SystemExit(f"clever.py: the weights are not finite at step {self.step}. The last good checkpoint: "
-                             f"{self.last_good}. Try a lower --lr, or --precision fp32.")
+        if not all(p.isfinite().all() for p in self.t.student.parameters()):  # the next loss tells too late
+            self.give_up(f"the weights are not finite at step {self.step}")
         state = dict(self.t.state_dict(), config=vars(self.cfg), step=self.step, sums=self.sums,
                      bad=sorted(self.data.bad))
         try:
-            write_whole(path, lambda f: torch.save(state, f))
+            write_whole(self.path, lambda f: torch.save(state, f))
             write_whole(self.out / "backbone.pt", lambda f: torch.save(state["backbone"], f))
-            self.last_good = f"{path}, step {self.step}"
+            self.last_good = f"{self.path}, step {self.step}"
         except (OSError, RuntimeError) as e:
-            tqdm.write(f"warning: no checkpoint at step {self.step} ({e}); last: {self.last_good}", sys.stderr)
+            tqdm.write(f"warning: no checkpoint at step {self.step} ({e}); last: {self.last_good}",
+                       sys.stderr)
 
     def collect(self, terms=None) -> bool:
         """Send a step's terms to the host; add those of the step before, there by now, to the epoch's sums.
 
-        Nothing waits. True if a process was told to stop. Raises SystemExit at a term that is not finite."""
+        Nothing waits. True once a process was told to stop. Raises SystemExit if a term is not finite."""
         ready, self.waiting = self.waiting, None
         if terms is not None:
             host = torch.stack(list(terms.values())).to("cpu", non_blocking=True)
@@ -1381,41 +1363,41 @@ class Run:
             if event:
                 event.record()
             self.waiting = self.step, list(terms), host, event
-        if ready is None:
-            return False
-        step, names, host, event = ready
-        if event:
-            event.synchronize()
-        values = dict(zip(names, host.tolist()))
-        stop = values.pop("stop") > 0
-        for name, value in values.items():
-            if not math.isfinite(value):
-                raise SystemExit(f"clever.py: {name} is {value} at step {step}. The last good checkpoint: "
-                                 f"{self.last_good}. Try a lower --lr, or --precision fp32.")
-            self.sums[name] = self.sums.get(name, 0.0) + value
-        return stop
+        if ready:
+            step, names, host, event = ready
+            if event:
+                event.synchronize()
+            values = dict(zip(names, host.tolist()))
+            self.told |= values.pop("stop") > 0
+            for name, value in values.items():
+                if not math.isfinite(value):
+                    self.give_up(f"{name} is {value} at step {step}")
+                self.sums[name] = self.sums.get(name, 0.0) + value
+        return self.told
 
     def show(self, bar) -> None:
         """Move the progress bar by a step: epoch, means of the epoch's terms so far."""
-        done = self.step % self.t.steps_per_epoch
-        bar.set_description(f"epoch {1 + self.step // self.t.steps_per_epoch}/{self.cfg.epochs}", refresh=False)
+        epoch, done = divmod(self.step, self.t.steps_per_epoch)
+        bar.set_description(f"epoch {1 + epoch}/{self.cfg.epochs}", refresh=False)
         bar.set_postfix({k: f"{v / max(1, done - 1):.3f}" for k, v in self.sums.items()}, refresh=False)
         bar.update(self.cfg.batch)
 
     def end_epoch(self, seconds: float) -> None:
         """Log the means of the epoch's terms, the collapse metrics of its last batch and the bad images."""
         cfg, t, spe, data = self.cfg, self.t, self.t.steps_per_epoch, self.data
-        epoch = self.step // spe
-        record = dict(epoch=epoch, step=self.step, lr=t.lr[self.step - 1], momentum=t.momentum[self.step - 1],
-                      **{k: v / spe for k, v in self.sums.items()})
+        terms, self.sums = {k: v / spe for k, v in self.sums.items()}, {}
+        record = dict(epoch=self.step // spe, step=self.step, lr=t.lr[self.step - 1],
+                      momentum=t.momentum[self.step - 1], **terms)
         z, targets = t.last
-        alarms, ranks, self.sums = [], "", {}
-        for part, features, logits, centre in zip(("ir", "ef"), split(z, cfg.ratio), targets, t.centres):
+        words = [f"epoch {record['epoch']}/{cfg.epochs}"]
+        words += [f"{k} {v:.4f}" for k, v in {"loss": terms["loss"], **terms}.items()]  # the sum first
+        alarms = []
+        for part, features, logits, centre in zip(("IR", "EF"), split(z, cfg.ratio), targets, t.centres):
             P = sharpen(logits, centre, cfg.teacher_temp).flatten(0, 1)  # (2B, K)
             m = collapse_metrics(wide(features).flatten(0, 1), P)  # of (2B, d)
-            record.update({f"{part}_{k}": v for k, v in m.items()})
-            alarms.append(collapse_alarm(part.upper(), m, P.shape[-1]))
-            ranks += f"  rank {part.upper()} {m['rank']:.1f}"
+            record.update({f"{part.lower()}_{k}": v for k, v in m.items()})
+            words.append(f"rank {part} {m['rank']:.1f}")
+            alarms.append(collapse_alarm(part, m, P.shape[-1]))
         if dist.is_initialized():
             everyone = [None] * t.world
             dist.all_gather_object(everyone, data.bad)
@@ -1424,9 +1406,7 @@ class Run:
         if t.rank == 0:
             with open(self.out / "log.jsonl", "a") as log:
                 log.write(json.dumps(record) + "\n")
-            terms = "  ".join(f"{k} {record[k]:.4f}" for k in ("loss", "L_CL", "L_Orth", "L_PReg") if k in record)
-            speed = spe * cfg.batch / seconds
-            tqdm.write(f"epoch {epoch}/{cfg.epochs}  {terms}{ranks}  {speed:.0f} images/s")
+            tqdm.write("  ".join([*words, f"{spe * cfg.batch / seconds:.0f} images/s"]))
             for alarm in filter(None, alarms):
                 tqdm.write(alarm)
         if len(data.bad) > 0.01 * len(data):
@@ -1435,9 +1415,10 @@ class Run:
 
 
 def save_crops(path: Path, images, views) -> None:
-    """A picture of the first images (B, 3, S, S) of bytes, each beside its V views as the network sees them."""
+    """A picture of the first images (B, 3, S, S) of bytes, each beside its views as the network sees them."""
     rows, side = min(8, len(images)), views[0].shape[-1]
-    source = F.interpolate(normalize(images[:rows].cpu() / 255), (side, side), mode="bilinear", antialias=True)
+    source = normalize(images[:rows].cpu() / 255)
+    source = F.interpolate(source, (side, side), mode="bilinear", antialias=True)
     tiles = [F.pad(x[:rows].float().cpu(), [0, side - x.shape[-1]] * 2, value=9.0) for x in (source, *views)]
     tiles = torch.stack(tiles, 1).flatten(0, 1)  # (rows * (1 + V), 3, side, side), 9.0: white
     tiles = torch.stack([tiles[:, c] * STD[c] + MEAN[c] for c in range(3)], 1).clamp(0, 1)
@@ -1448,7 +1429,7 @@ def save_crops(path: Path, images, views) -> None:
 
 @contextmanager
 def stop_signals(t: Training):
-    """Within: SIGTERM and Ctrl-C let the loop finish the step, save and leave; a second one ends it at once."""
+    """Within: SIGTERM and Ctrl-C let the loop finish the step, save and leave; a second one ends at once."""
     def note(number, frame):
         t.stop = number
         signal.signal(number, before[number])
@@ -1461,9 +1442,8 @@ def stop_signals(t: Training):
 
 
 def train(cfg: Config) -> Path | None:
-    """Train (or profile) as configured, on all processes, and return the folder of the run.
-
-    Raises UserError for a wrong start, SystemExit with a reason or a signal's code for what stops it."""
+    """Train (or profile) as configured, on all processes; the folder of the run. Raises UserError for a wrong
+    start, SystemExit with a reason or a signal's code for what stops it."""
     rank, world, device = setup(cfg)
     data = open_data(cfg)
     t = Training(cfg, len(data) // cfg.batch, device)
@@ -1492,7 +1472,7 @@ def train(cfg: Config) -> Path | None:
                 run.save()
                 began = time.monotonic()
             elif stop or time.monotonic() - run.saved > 60 * cfg.save_every:
-                run.collect()
+                run.collect()  # clocks differ: a stop that it sees counts at the next step, as elsewhere
                 run.save()
             if stop:
                 if rank == 0:
@@ -1502,56 +1482,56 @@ def train(cfg: Config) -> Path | None:
 
 
 def profile(cfg: Config, t: Training, data: Images, augment: MultiCrop, workers: int) -> None:
-    """Print where the time of `cfg.profile` steps goes, what the parts reach alone, and what limits the run."""
-    sync = torch.cuda.synchronize if t.device.type == "cuda" else lambda: None
-    spent, clock, n = {}, time.perf_counter(), cfg.profile
+    """Print where the time of `cfg.profile` steps goes, what the parts reach alone, and what limits them."""
+    cuda, n, share = t.device.type == "cuda", cfg.profile, cfg.batch // t.world
+    spent = {}
+
+    def clock():
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def mark(phase):
-        nonlocal clock
-        sync()
-        now = time.perf_counter()
-        spent[phase], clock = spent.get(phase, 0.0) + now - clock, now
+        now = clock()
+        spent[phase] = spent.get(phase, 0.0) + now - spent["since"]
+        spent["since"] = now
 
-    def run(mark=lambda phase: None, only_load=False, views=None):
+    def run(mark=lambda phase: None, only_load=False, fixed=None):
         """Images/s of this process over n steps, after two that warm up; the views of the last one."""
-        nonlocal clock
-        stream = data.stream(batches(len(data), cfg, 0, n + 2, t.rank, t.world), t.device, workers)
-        for i, (images, aspect) in enumerate(stream if views is None else [(None, None)] * (n + 2)):
-            if i == 2:
-                sync()
-                start = clock = time.perf_counter()
+        views, stream = fixed, [(None, None)] * (n + 2)
+        if not fixed:
+            stream = data.stream(batches(len(data), cfg, 0, n + 2, t.rank, t.world), t.device, workers)
+        for i, (images, aspect) in enumerate(stream):
+            if i in (0, 2):
                 spent.clear()
+                start = spent["since"] = clock()
             mark("waiting for data")
             if not only_load:
-                views_now = views or augment(images, aspect, i)
+                views = fixed or augment(images, aspect, i)
                 mark("augmentation")
-                train_step(t, views_now, i % len(t.lr), mark)
-        sync()
-        return n * cfg.batch / t.world / (time.perf_counter() - start), None if only_load else views_now
+                train_step(t, views, i % len(t.lr), mark)
+        return n * share / (clock() - start), views
 
     _, views = run(mark)
-    phases = dict(spent)
-    whole, loader, compute = run()[0], run(only_load=True)[0], run(views=views)[0]
+    phases = {k: v for k, v in spent.items() if k != "since"}
+    whole, loader, compute = run()[0], run(only_load=True)[0], run(fixed=views)[0]
     with FlopCounterMode(display=False) as counter:
         train_step(t, views, 0)
-    flops = counter.get_total_flops() * compute / (cfg.batch / t.world)  # a second
-    side = 8192 if t.device.type == "cuda" else 2048
-    a = torch.randn(side, side, device=t.device, dtype=t.dtype or torch.float32)
-    a @ a, sync()
-    start = time.perf_counter()
+    flops = counter.get_total_flops() * compute / share  # a second
+    a = torch.randn(2 * [8192 if cuda else 2048], device=t.device, dtype=t.dtype or torch.float32)
+    a @ a
+    start = clock()
     for _ in range(10):
         a @ a
-    sync()
-    peak = 10 * 2 * side ** 3 / (time.perf_counter() - start)
-    memory = (torch.cuda.max_memory_allocated() if t.device.type == "cuda" else
+    peak = 10 * 2 * len(a) ** 3 / (clock() - start)
+    memory = (torch.cuda.max_memory_allocated() if cuda else
               resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
     if t.rank > 0:
         return
     total = sum(phases.values())
-    device = (torch.cuda.get_device_name() if t.device.type == "cuda" else
-              f"CPU with {torch.get_num_threads()} threads")
+    device = torch.cuda.get_device_name() if cuda else f"CPU with {torch.get_num_threads()} threads"
     print(f"{cfg.arch}, {cfg.method}, {cfg.aug}, batch {cfg.batch} on {t.world} x {device}, "
-          f"{str(t.dtype or torch.float32)[6:]}, torch {torch.__version__}: {n} steps\n")
+          f"{str(a.dtype)[6:]}, torch {torch.__version__}: {n} steps\n")
     print("| phase | ms a step | share |\n|---|---:|---:|")
     for phase, seconds in phases.items():
         print(f"| {phase} | {1000 * seconds / n:.1f} | {seconds / total:.1%} |")
@@ -1559,14 +1539,13 @@ def profile(cfg: Config, t: Training, data: Images, augment: MultiCrop, workers:
           f"{', data in memory' if data.pixels is not None else ''}), {compute:.1f} the compute alone")
     print(f"peak memory {memory / 2 ** 30:.2f} GiB; {flops / 1e12:.3f} TFLOP/s, {flops / peak:.0%} of the "
           f"{peak / 1e12:.2f} TFLOP/s of a matrix product")
-    if loader < 1.1 * compute:
-        print("The loader limits this run: more --workers, a smaller --store-size, or a faster disk.")
-    elif phases["augmentation"] > 0.2 * total:
-        print("The augmentation limits this run: fewer --local-views or a simpler --aug.")
-    elif not cfg.compile and t.device.type == "cuda":
-        print("The compute limits this run: try --compile; then a larger --batch, if memory allows.")
-    else:
-        print("The compute limits this run: a smaller --arch, fewer --local-views, or more processes.")
+    print("The loader limits this run: more --workers, a smaller --store-size, or a faster disk."
+          if loader < 1.1 * compute else
+          "The augmentation limits this run: fewer --local-views or a simpler --aug."
+          if phases["augmentation"] > 0.2 * total else
+          "The compute limits this run: try --compile; then a larger --batch, if memory allows."
+          if cuda and not cfg.compile else
+          "The compute limits this run: a smaller --arch, fewer --local-views, or more processes.")
 
 
 def main(argv: list[str]) -> int:
