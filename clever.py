@@ -688,6 +688,14 @@ class VSSBlock(nn.Module):
         return x + stochastic_depth(t, self.drop_path, "row", self.training)
 
 
+class PaddedConv2d(nn.Conv2d):
+    """Conv2d with padding 1 of its own: with padding=1 torch's bf16 weight gradient on a CPU is undefined at kernel
+    taps that meet padding alone, as on maps of one pixel."""
+
+    def forward(self, x):
+        return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias, self.stride)
+
+
 class VMamba(nn.Module):
     """VMamba-Tiny (2401.10166), no head: (B, 3, any height, any width) -> (B, dims[-1])."""
 
@@ -696,7 +704,7 @@ class VMamba(nn.Module):
         self.embed_dim, half = dims[-1], dims[0] // 2
         # names and order of parameters are the original's; Permute stands for its parameter-free layers
         first, last = Permute([0, 3, 1, 2]), Permute([0, 2, 3, 1])  # the channels
-        conv = partial(nn.Conv2d, kernel_size=3, stride=2, padding=1)
+        conv = partial(PaddedConv2d, kernel_size=3, stride=2)
         self.patch_embed = nn.Sequential(conv(3, half), last, nn.LayerNorm(half), first, nn.GELU(),
                                          conv(half, dims[0]), last, nn.LayerNorm(dims[0]))
         rates = iter(torch.linspace(0, drop_path, sum(depths), device="cpu").tolist())
@@ -1299,6 +1307,8 @@ def load_checkpoint(path: Path, t: Training) -> dict:
     """Restore `t` from a checkpoint, running no code from it. Raises UserError naming what does not fit."""
     try:
         state = torch.load(path, map_location=t.device, weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError("it holds no dict")
         for name, value in state["config"].items():
             if name not in MAY_CHANGE and value != getattr(t.cfg, name):
                 raise UserError(f"{path} was written with {flag(name)} {value}, the run's config.json says "
@@ -1377,9 +1387,9 @@ class Run:
 
     def show(self, bar) -> None:
         """Move the progress bar by a step: epoch, means of the epoch's terms so far."""
-        epoch, done = divmod(self.step, self.t.steps_per_epoch)
+        epoch, known = divmod(self.step - 1, self.t.steps_per_epoch)  # the sums lag by a step
         bar.set_description(f"epoch {1 + epoch}/{self.cfg.epochs}", refresh=False)
-        bar.set_postfix({k: f"{v / max(1, done - 1):.3f}" for k, v in self.sums.items()}, refresh=False)
+        bar.set_postfix({k: f"{v / max(1, known):.3f}" for k, v in self.sums.items()}, refresh=False)
         bar.update(self.cfg.batch)
 
     def end_epoch(self, seconds: float) -> None:
