@@ -689,8 +689,8 @@ class VSSBlock(nn.Module):
 
 
 class PaddedConv2d(nn.Conv2d):
-    """Conv2d with padding 1 of its own: with padding=1 torch's bf16 weight gradient on a CPU is undefined at kernel
-    taps that meet padding alone, as on maps of one pixel."""
+    """Conv2d that pads by 1 itself: with padding=1 torch's bf16 weight gradient on a CPU is undefined at taps
+    that meet padding alone, as on a map of one pixel."""
 
     def forward(self, x):
         return F.conv2d(F.pad(x, (1, 1, 1, 1)), self.weight, self.bias, self.stride)
@@ -1560,23 +1560,30 @@ def profile(cfg: Config, t: Training, data: Images, augment: MultiCrop, workers:
           "The compute limits this run: a smaller --arch, fewer --local-views, or more processes.")
 
 
-def main(argv: list[str]) -> int:
-    """The command line; returns the exit code."""
+def guarded(name: str, work) -> int:
+    """The exit code of a command: 0, or 2 with the one sentence of a UserError. Leaves the process group."""
     try:
+        work()
+        return 0
+    except UserError as e:
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(f"{name}: {e}", file=sys.stderr)
+        return 2
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def main(argv: list[str]) -> int:
+    """Train as a command line says, then compare with the untrained backbone. Returns the exit code."""
+    def work():
         cfg = parse(argv)
         out = train(cfg)
         if cfg.report and not cfg.profile and distributed()[0] == 0:
             sys.modules["clever"] = sys.modules[__name__]  # eval_linear imports this very module
             import eval_linear
             eval_linear.compare(cfg, out)
-        return 0
-    except UserError as e:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"clever.py: {e}", file=sys.stderr)
-        return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    return guarded("clever.py", work)
 
 
 if __name__ == "__main__":

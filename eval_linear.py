@@ -16,7 +16,6 @@ import copy
 import dataclasses
 import json
 import math
-import os
 import re
 import sys
 from pathlib import Path
@@ -620,17 +619,8 @@ def run(p: Probe) -> None:
 
 
 def main(argv) -> int:
-    """The command line; returns the exit code."""
-    try:
-        run(parse(argv))
-        return 0
-    except UserError as e:
-        if int(os.environ.get("RANK", 0)) == 0:
-            print(f"eval_linear.py: {e}", file=sys.stderr)
-        return 2
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+    """Evaluate as a command line says; returns the exit code."""
+    return clever.guarded("eval_linear.py", lambda: run(parse(argv)))
 
 
 if __name__ == "__main__":
