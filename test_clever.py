@@ -14,7 +14,6 @@ import operator
 import os
 import random
 import re
-import resource
 import runpy
 import shutil
 import signal
@@ -1587,14 +1586,15 @@ def published_views(cfg):
     return [view(v) for v in range(2 + cfg.local_views)]
 
 
-def seconds(f, repeats=3):
-    """The median of some calls, after one that warms up."""
-    times = []
-    for i in range(repeats + 1):
-        began = time.perf_counter()
-        f(i)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times[1:])
+def in_turns(calls, rounds=5):
+    """The median seconds of each of some calls {name: f(i)}, called in turns, after one that warms up."""
+    times = {name: [] for name in calls}
+    for i in range(rounds + 1):
+        for name, f in calls.items():
+            began = time.perf_counter()
+            f(i)
+            times[name].append(time.perf_counter() - began)
+    return {name: statistics.median(t[1:]) for name, t in times.items()}
 
 
 @pytest.fixture
@@ -1607,19 +1607,25 @@ def photos():
 @pytest.mark.benchmark
 @pytest.mark.parametrize("aug", ["caug", "caug+"])
 def test_benchmark_whole_step(photos, aug):
-    options = dict(aug=aug, batch=8, drop_path=0.0)
     images = [clever.decode(p, 320) for p in photos[:8]]
     pil = [Image.open(p).convert("RGB") for p in photos[:8]]
     pixels, aspect = torch.stack([x for x, _ in images]), torch.tensor([a for _, a in images])
-    cfg = clever.Config(**options, precision="fp32")
-    naive, transforms = Published(clever.Training(cfg, 1)), published_views(cfg)
-    theirs = seconds(lambda i: naive.step([torch.stack([t(x) for x in pil]) for t in transforms], 1 + i), 5)
-    del naive
-    for precision in ("fp32", "bf16"):
-        t, crop = clever.Training(clever.Config(**options, precision=precision), 1), clever.MultiCrop(cfg)
-        ours = seconds(lambda i: clever.train_step(t, crop(pixels, aspect, i), 1 + i), 5)
-        print(f"\nstep, {aug}: published fp32 {theirs:.2f} s, "
-              f"ours {precision} {ours:.2f} s: {theirs / ours:.2f} x")
+    fp32, bf16 = (clever.Config(aug=aug, batch=8, drop_path=0.0, precision=p) for p in ("fp32", "bf16"))
+    t, t16, crop = clever.Training(fp32, 1), clever.Training(bf16, 1), clever.MultiCrop(fp32)
+    naive, transforms, views = Published(t), published_views(fp32), crop(pixels, aspect, 0)
+
+    def networks(i):
+        with torch.no_grad():
+            t.teacher(views[:2])
+        torch.autograd.backward(t.student(views), [torch.ones(10, 8, 65536)] * 2)
+    took = in_turns({
+        "published": lambda i: naive.step([torch.stack([v(x) for x in pil]) for v in transforms], 1 + i),
+        "fp32": lambda i: clever.train_step(t, crop(pixels, aspect, i), 1 + i),
+        "bf16": lambda i: clever.train_step(t16, crop(pixels, aspect, i), 1 + i), "networks": networks})
+    for name in ("fp32", "bf16"):
+        print(f"\nstep, {aug}: published, fp32 {took['published']:.2f} s, ours, {name} {took[name]:.2f} s: "
+              f"{took['published'] / took[name]:.2f} x")
+    print(f"\nstep, {aug}: all but backbone and heads {1 - took['networks'] / took['fp32']:.0%} in fp32")
 
 
 @pytest.mark.benchmark
@@ -1628,50 +1634,52 @@ def test_benchmark_loader(photos, aug):
     transforms, load = published_views(clever.Config(aug=aug)), lambda p: Image.open(p).convert("RGB")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)                                                   # as in a worker of a loader
-    theirs = seconds(lambda i: [[t(x) for t in transforms] for x in map(load, photos[:10])]) / 10
-    ours = seconds(lambda i: [clever.decode(p, 320) for p in photos]) / len(photos)
+    took = in_turns(dict(theirs=lambda i: [[t(x) for t in transforms] for x in map(load, photos[:10])],
+                         ours=lambda i: [clever.decode(p, 320) for p in photos]), rounds=3)
+    theirs, ours = took["theirs"] / 10, took["ours"] / len(photos)
     torch.set_num_threads(threads)
     print(f"\nloader, {aug}: published {1 / theirs:.1f} images/s, ours {1 / ours:.1f}: {theirs / ours:.1f} x")
 
 
-def peak(what, path):
-    """Bytes that one forward and backward of `what` adds to a process, into a file."""
-    if what in ("naive", "ours"):
-        losses = [pair[what == "naive"] for pair in NAIVE.items()]
-        logits = [(torch.rand(10, 128, 65536, requires_grad=True), torch.rand(2, 128, 65536)) for _ in losses]
-        call = lambda: sum(loss(*x, torch.zeros(65536), 0.1, 0.04) for loss, x in zip(losses, logits))
-    else:
-        net, x = clever.build_backbone(what, 224), torch.rand(4, 3, 224, 224)
-        call = lambda: net(x).sum()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    call().backward()
-    path.write_text(str((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024))
+def peak(call):
+    """The most bytes that tensors held at once during call(), beyond those held before."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
+        call()
+    events = [(e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(size for _, size in sorted(events))) / 2 ** 30
 
 
 @pytest.mark.benchmark
-@pytest.mark.parametrize("first, second", [("naive", "ours"), ("vmamba_tiny", "vit_small")])
-def test_benchmark_memory(tmp_path, first, second):
-    for what in (first, second):  # the losses of 10 views, batch 128, K = 65,536; backbones, batch 4, 224 px
-        p = CHILDREN.Process(target=peak, args=(what, tmp_path / what))
-        p.start()
-        p.join()
-    a, b = (float((tmp_path / what).read_text()) / 2 ** 30 for what in (first, second))
-    print(f"\nmemory: {first} {a:.2f} GiB, {second} {b:.2f} GiB: {a / b:.2f} x")
+def test_benchmark_memory_of_the_losses():
+    x = torch.rand(10, 128, 65536, requires_grad=True), torch.rand(2, 128, 65536), torch.zeros(65536), 0.1, 0.04
+    naive, ours = (peak(lambda: sum(f(*x) for f in fs).backward()) for fs in (NAIVE.values(), NAIVE))
+    print(f"\nlosses, 10 views, batch 128, K = 65,536: naive {naive:.2f} GiB, ours {ours:.2f} GiB: "
+          f"{naive / ours:.2f} x")
+
+
+@pytest.mark.benchmark
+def test_benchmark_memory_of_vmamba_beside_vit_small():
+    x = torch.rand(16, 3, 224, 224)
+    nets = [clever.build_backbone(arch, 224) for arch in ("vmamba_tiny", "vit_small")]
+    vmamba, vit = (peak(lambda: net(x).sum().backward()) for net in nets)
+    print(f"\nforward and backward, batch 16, 224 px: vmamba_tiny {vmamba:.2f} GiB, vit_small {vit:.2f} GiB: "
+          f"{vmamba / vit:.2f} x")
 
 
 @pytest.mark.benchmark
 def test_benchmark_vmamba_beside_itself_without_the_recurrence(monkeypatch):
-    model, x, times = clever.VMamba(), torch.randn(4, 3, 224, 224), {}
+    model, x = clever.VMamba(), torch.randn(4, 3, 224, 224)
     nothing = dict(chunk_starts=lambda a, b, chunks: torch.zeros_like(b[0]), chunk_scan_=lambda a, b, h: None)
     no_scan = dict(selective_scan=lambda v, p, *rest: (v * p.sum((3, 4))[..., None]).float()
                    + sum(y.sum() for y in rest))
-    for i in range(5):
-        for name, changes in (("whole", {}), ("its loops", nothing), ("the scan", no_scan)):
-            with monkeypatch.context() as patch:
-                for attribute, value in changes.items():
-                    patch.setattr(clever, attribute, value)
-                took = seconds(lambda _: model(x).square().mean().backward(), 1)
-                times.setdefault(name, []).append(took)
-    whole, *others = (statistics.median(v) for v in times.values())
+
+    def call(**changes):
+        with monkeypatch.context() as patch:
+            for attribute, value in changes.items():
+                patch.setattr(clever, attribute, value)
+            model(x).square().mean().backward()
+    times = in_turns({"whole": lambda i: call(), "its loops": lambda i: call(**nothing),
+                      "the scan": lambda i: call(**no_scan)})
+    whole, *others = times.values()
     for name, other in zip(list(times)[1:], others):
         print(f"\nvmamba_tiny: {whole:.2f} s, {whole / other:.2f} x that without {name}")
