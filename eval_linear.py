@@ -169,7 +169,7 @@ class Representation(nn.Module):
 
     def forward(self, x):
         """(B, 3, H, W) -> (B, F): a ViT's CLS tokens after the last four blocks, each normalised; else z."""
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None):
+        with clever.mixed_precision(self.device, self.dtype):
             if not self.vit:
                 return self.backbone(x).float()
             return torch.cat([t[:, 0] for t in self.backbone.get_intermediate_layers(x, 4)], -1).float()

@@ -7,6 +7,7 @@ versions written out here.
 """
 import argparse
 import copy
+import inspect
 import itertools
 import json
 import math
@@ -37,6 +38,7 @@ import torchvision
 import torchvision.transforms.functional as TF
 from PIL import Image, ImageFilter
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
 
@@ -549,6 +551,30 @@ def test_six_steps_equal_the_published_loop_written_out(method, ratio):
     assert all((a != b).any() for a, b in zip(t.student.state_dict().values(), before.values()))
 
 
+class NeverWait(TorchDispatchMode):
+    """Within: an operation raises that would make the host wait for the values of a device."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name, indices = function.overloadpacket.__name__, args[1] if len(args) > 1 else ()
+        mask = name.startswith("index") and isinstance(indices, (list, tuple)) and any(
+            i is not None and i.dtype is torch.bool for i in indices)
+        assert not mask and name not in "_local_scalar_dense nonzero masked_select equal unique _unique2".split()
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("options", [dict(aug="caug+", blur=True), dict(method="dino", ratio=1.0),
+                                     dict(arch="resnet18"), dict(arch="vmamba_tiny")])
+def test_a_step_and_its_views_never_wait_for_the_device(options):
+    cfg = tiny(**{**options, "batch": 2})
+    t, crop, images = clever.Training(cfg, 2), clever.MultiCrop(cfg), torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    for wait in (lambda x: x.item(), lambda x: x[x > 0], lambda x: bool(x)):
+        with pytest.raises(AssertionError), NeverWait():
+            wait(torch.ones(()))
+    with NeverWait():
+        for step in range(2):
+            clever.train_step(t, crop(images, torch.ones(2), step), step)
+
+
 def test_a_folder_of_images_gets_the_papers_schedules():
     t = clever.Training(clever.parse("--data x --arch vit_micro --hidden-dim 8 --out-dim 8".split()), 5)
     assert len(t.lr) == 1000 and t.lr[0] == 0 and max(t.lr) == t.lr[50] == 1e-3
@@ -558,6 +584,34 @@ def test_a_folder_of_images_gets_the_papers_schedules():
     for data, recipe in (("patterns", "demo"), ("cifar10", "cifar"), ("folder", "paper")):
         explicit = clever.parse(["--data", data, "--recipe", recipe])
         assert vars(explicit) == {**vars(clever.parse(["--data", data])), "recipe": recipe}
+
+
+@pytest.mark.parametrize("slow, says", [
+    (lambda m: m.setattr(clever.Images, "stream", sleepy(clever.Images.stream)), "The loader limits"),
+    (lambda m: m.setattr(clever.MultiCrop, "forward", sleepy(clever.MultiCrop.forward)), "The augmentation limits"),
+    (lambda m: m.setattr(clever.CLeVER, "project", sleepy(clever.CLeVER.project)), "The compute limits")])
+def test_the_profile_adds_up_and_names_what_limits_the_run(tmp_path, capsys, monkeypatch, slow, says):
+    slow(monkeypatch)
+    assert clever.main(flags(profile=3, images=64, out=tmp_path / "run")) == 0
+    text = capsys.readouterr().out
+    phases = dict(re.findall(r"^\| ([a-zE].*?) \| ([\d.]+) \| [\d.]+% \|$", text, re.M))
+    assert list(phases) == ["waiting for data", "augmentation", "teacher forward", "student forward", "losses",
+                            "backward", "optimiser, EMA and centres"]
+    whole, loader, compute = map(float, re.search(
+        r"([\d.]+) the whole, ([\d.]+) the loader alone .*, ([\d.]+) the compute alone", text).groups())
+    assert 8 / whole == pytest.approx(sum(map(float, phases.values())) / 1000, rel=0.5)
+    assert whole < 1.2 * min(loader, compute)
+    assert says in text.splitlines()[-1] and not (tmp_path / "run").exists()
+
+
+def sleepy(function):
+    """The function, or the generator's every item, after 50 ms."""
+    def slower(*args, **kwargs):
+        if not inspect.isgeneratorfunction(function):
+            time.sleep(0.05)
+            return function(*args, **kwargs)
+        return (time.sleep(0.05) or item for item in function(*args, **kwargs))
+    return slower
 
 
 # ------------------------------ 6. Several processes ------------------------------ #
@@ -577,8 +631,13 @@ def five_steps(rank, world, folder):
             result.append(torch.stack(list(clever.train_step(t, views, i).values())))
         for block in [*t.student.backbone.blocks, *t.teacher.backbone.blocks]:
             block.attn.qkv.bias.data[96:192] = 0  # the keys': no gradient, but AdamW
-        result += [x.detach() for x in (*t.student.parameters(), *t.teacher.parameters(),
+        result += [x.detach().clone() for x in (*t.student.parameters(), *t.teacher.parameters(),
                                         *t.centres)]  # makes steps of its rounding
+    if world > 1:
+        with torch.profiler.profile(record_shapes=True) as p:
+            clever.train_step(t, views, 4)
+        sent = [(e.name, math.prod(e.input_shapes[0])) for e in p.events() if e.name.startswith("gloo:")]
+        result = dict(result=result, sent=sent, scalars=sum(x.numel() for x in t.student.parameters()))
     torch.save(result, f"{folder}/{world}-{rank}.pt")
 
 
@@ -590,7 +649,11 @@ def test_two_processes_equal_one_and_hold_the_same_teacher(tmp_path):
     for p in ranks:
         p.join(60)
     assert [p.exitcode for p in ranks] == [0, 0]
-    one, first, second = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    one, *two = (torch.load(tmp_path / f"{name}.pt") for name in ("1-0", "2-0", "2-1"))
+    for rank in two:  # a step sends the gradients, the two centres with the four terms and the stop flag
+        assert {name for name, _ in rank["sent"]} == {"gloo:all_reduce"}
+        assert sum(count for _, count in rank["sent"]) == rank["scalars"] + 64 + 48 + 5
+    first, second = (rank["result"] for rank in two)
     assert {x.dtype for x in one} == {torch.float64, torch.float32}
     for a, b, c in zip(one, first, second, strict=True):
         assert torch.equal(b, c)
