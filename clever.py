@@ -582,8 +582,10 @@ class SelectiveScan(torch.autograd.Function):
         return torch.matmul(r, dt_weight.to(r.dtype).mT, out=out).add_(dt_bias[:, None].to(r.dtype))
 
     @staticmethod
-    def softplus(q):  # F.softplus to rounding; torch's is four times as slow on a CPU
-        e = q.abs().neg_().exp_()
+    def softplus(q):
+        if q.device.type != "cpu":
+            return F.softplus(q)
+        e = q.abs().neg_().exp_()  # the same to rounding; torch's is four times as slow on a CPU
         w = e + 1
         return w.log().add_(e.sub_(w.sub_(1))).add_(q.clamp_(min=0))  # log w + what w was rounded by + ...
 
@@ -1060,10 +1062,9 @@ def load_images(data: str, split: str, side: int) -> Images:
     if data in known:
         try:
             os.makedirs(".data", exist_ok=True)
-            lock = os.open(".data", os.O_RDONLY)
-            fcntl.flock(lock, fcntl.LOCK_EX)  # one process of a machine downloads, the others wait
-            cifar = known[data](".data", train=split == "train", download=True)
-            os.close(lock)
+            with open(".data/lock", "w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)  # one process of a machine downloads, the others wait
+                cifar = known[data](".data", train=split == "train", download=True)
         except Exception as e:
             raise UserError(f"--data {data}: neither in .data nor to be downloaded ({e}); name a folder")
         pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()  # (N, 3, 32, 32)

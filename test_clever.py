@@ -27,6 +27,7 @@ import time
 import warnings
 import zlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial, reduce
 from pathlib import Path
 
@@ -1155,6 +1156,32 @@ def break_five(folder, good):
     (folder / "bomb.png").write_bytes(bomb(20_000))
     (folder / "dangling.jpg").symlink_to(folder / "nowhere")
     return "truncated.jpg", "zero.jpg", "text.jpg", "bomb.png", "dangling.jpg"
+
+
+def test_one_process_downloads_cifar_while_others_wait_and_a_refusal_is_one_sentence(tmp_path, monkeypatch):
+    inside, most, network = [], [], []
+
+    class Cifar:
+        """What torchvision's class would hold, slowly downloaded."""
+        classes, targets = ["cat", "dog"], [0, 1]
+        data = torch.arange(2 * 32 * 32 * 3).byte().view(2, 32, 32, 3).numpy()
+
+        def __init__(self, root, train, download):
+            if not network:
+                raise OSError("no network")
+            inside.append(self)
+            most.append(len(inside))
+            time.sleep(0.1)
+            inside.pop()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Cifar)
+    with pytest.raises(clever.UserError, match="neither in .data nor to be downloaded .no network."):
+        clever.load_images("cifar10", "train", 32)
+    network.append("up")
+    with ThreadPoolExecutor(3) as pool:
+        sets = [*pool.map(lambda split: clever.load_images("cifar10", split, 32), ("train", "train", "val"))]
+    assert most == [1, 1, 1] and all(s.pixels.shape == (2, 3, 32, 32) for s in sets)
+    assert torch.equal(sets[0].pixels[1, :, 3, 4], torch.from_numpy(Cifar.data[1, 3, 4]))
 
 
 @pytest.mark.parametrize("cache", [True, False])
