@@ -577,12 +577,12 @@ def test_a_step_and_its_views_never_wait_for_the_device(options):
 
 
 def test_compile_covers_networks_and_losses_and_computes_the_same(monkeypatch):
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))  # no C++ compiler needed
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # no C++ compiler needed
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     results = []
     for compiled in (False, True):
-        t = clever.Training(tiny(compile=compiled, batch=2), 2)
+        t = clever.Training(tiny(compile=compiled, batch=2, local_views=0), 2)
         terms = [clever.train_step(t, views, i) for i, views in enumerate(batches(t.cfg, 2, torch.float32))]
         results.append([*(x for term in terms for x in term.values()), *t.teacher.parameters()])
     for eager, compiled in zip(*results, strict=True):
@@ -608,7 +608,7 @@ def test_a_folder_of_images_gets_the_papers_schedules():
     (lambda m: m.setattr(clever.CLeVER, "project", sleepy(clever.CLeVER.project)), "The compute limits")])
 def test_the_profile_adds_up_and_names_what_limits_the_run(tmp_path, capsys, monkeypatch, slow, says):
     slow(monkeypatch)
-    assert clever.main(flags(profile=3, images=64, out=tmp_path / "run")) == 0
+    assert clever.main(flags(profile=1, images=64, out=tmp_path / "run")) == 0
     text = capsys.readouterr().out
     phases = dict(re.findall(r"^\| ([a-zE].*?) \| ([\d.]+) \| [\d.]+% \|$", text, re.M))
     assert list(phases) == ["waiting for data", "augmentation", "teacher forward", "student forward", "losses",
@@ -621,12 +621,12 @@ def test_the_profile_adds_up_and_names_what_limits_the_run(tmp_path, capsys, mon
 
 
 def sleepy(function):
-    """The function, or the generator's every item, after 50 ms."""
+    """The function, or the generator's every item, after 0.3 s."""
     def slower(*args, **kwargs):
         if not inspect.isgeneratorfunction(function):
-            time.sleep(0.05)
+            time.sleep(0.3)
             return function(*args, **kwargs)
-        return (time.sleep(0.05) or item for item in function(*args, **kwargs))
+        return (time.sleep(0.3) or item for item in function(*args, **kwargs))
     return slower
 
 
