@@ -1556,15 +1556,16 @@ def profile(cfg: Config, t: Training, data: Images, augment: MultiCrop, workers:
         views, stream = fixed, [(None, None)] * (n + 2)
         if not fixed:
             stream = data.stream(batches(len(data), cfg, 0, n + 2, t.rank, t.world), t.device, workers)
+        start = spent["since"] = clock()
         for i, (images, aspect) in enumerate(stream):
-            if i in (0, 2):
-                spent.clear()
-                start = spent["since"] = clock()
             mark("waiting for data")
             if not only_load:
                 views = fixed or augment(images, aspect, i)
                 mark("augmentation")
                 train_step(t, views, i % len(t.lr), mark)
+            if i == 1:  # warm: the next wait for data counts
+                spent.clear()
+                start = spent["since"] = clock()
         return n * share / (clock() - start), views
 
     _, views = run(mark)
