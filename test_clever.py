@@ -39,6 +39,7 @@ import torchvision
 import torchvision.transforms.functional as TF
 from PIL import Image, ImageFilter
 from torch import nn
+from torch.profiler import ProfilerActivity
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms as T
 from torchvision.transforms import InterpolationMode
@@ -567,7 +568,8 @@ class NeverWait(TorchDispatchMode):
                                      dict(arch="resnet18"), dict(arch="vmamba_tiny")])
 def test_a_step_and_its_views_never_wait_for_the_device(options):
     cfg = tiny(**{**options, "batch": 2})
-    t, crop, images = clever.Training(cfg, 2), clever.MultiCrop(cfg), torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    t, crop = clever.Training(cfg, 2), clever.MultiCrop(cfg)
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     for wait in (lambda x: x.item(), lambda x: x[x > 0], lambda x: bool(x)):
         with pytest.raises(AssertionError), NeverWait():
             wait(torch.ones(()))
@@ -577,7 +579,7 @@ def test_a_step_and_its_views_never_wait_for_the_device(options):
 
 
 def test_compile_covers_networks_and_losses_and_computes_the_same(monkeypatch):
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # no C++ compiler needed
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))  # needs no C++ compiler
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     results = []
@@ -602,12 +604,11 @@ def test_a_folder_of_images_gets_the_papers_schedules():
         assert vars(explicit) == {**vars(clever.parse(["--data", data])), "recipe": recipe}
 
 
-@pytest.mark.parametrize("slow, says", [
-    (lambda m: m.setattr(clever.Images, "stream", sleepy(clever.Images.stream)), "The loader limits"),
-    (lambda m: m.setattr(clever.MultiCrop, "forward", sleepy(clever.MultiCrop.forward)), "The augmentation limits"),
-    (lambda m: m.setattr(clever.CLeVER, "project", sleepy(clever.CLeVER.project)), "The compute limits")])
-def test_the_profile_adds_up_and_names_what_limits_the_run(tmp_path, capsys, monkeypatch, slow, says):
-    slow(monkeypatch)
+@pytest.mark.parametrize("owner, slow, says", [
+    (clever.Images, "stream", "The loader limits"), (clever.MultiCrop, "forward", "The augmentation limits"),
+    (clever.CLeVER, "project", "The compute limits")])
+def test_the_profile_adds_up_and_names_what_limits_the_run(tmp_path, capsys, monkeypatch, owner, slow, says):
+    monkeypatch.setattr(owner, slow, sleepy(getattr(owner, slow)))
     assert clever.main(flags(profile=1, images=64, out=tmp_path / "run")) == 0
     text = capsys.readouterr().out
     phases = dict(re.findall(r"^\| ([a-zE].*?) \| ([\d.]+) \| [\d.]+% \|$", text, re.M))
@@ -1720,6 +1721,7 @@ def test_benchmark_whole_step(photos, aug):
     naive, transforms, views = Published(t), published_views(fp32), crop(pixels, aspect, 0)
 
     def networks(i):
+        t.optimizer.zero_grad()
         with torch.no_grad():
             t.teacher(views[:2])
         torch.autograd.backward(t.student(views), [torch.ones(10, 8, 65536)] * 2)
@@ -1748,7 +1750,7 @@ def test_benchmark_loader(photos, aug):
 
 def peak(call):
     """The most bytes that tensors held at once during call(), beyond those held before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as p:
+    with torch.profiler.profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
         call()
     events = [(e.start_ns(), e.nbytes()) for e in p.profiler.kineto_results.events() if e.name() == "[memory]"]
     return max(itertools.accumulate(size for _, size in sorted(events))) / 2 ** 30
@@ -1756,7 +1758,8 @@ def peak(call):
 
 @pytest.mark.benchmark
 def test_benchmark_memory_of_the_losses():
-    x = torch.rand(10, 128, 65536, requires_grad=True), torch.rand(2, 128, 65536), torch.zeros(65536), 0.1, 0.04
+    student, teacher = torch.rand(10, 128, 65536, requires_grad=True), torch.rand(2, 128, 65536)
+    x = student, teacher, torch.zeros(65536), 0.1, 0.04
     naive, ours = (peak(lambda: sum(f(*x) for f in fs).backward()) for fs in (NAIVE.values(), NAIVE))
     print(f"\nlosses, 10 views, batch 128, K = 65,536: naive {naive:.2f} GiB, ours {ours:.2f} GiB: "
           f"{naive / ours:.2f} x")
