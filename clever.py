@@ -1577,7 +1577,7 @@ def profile(cfg: Config, t: Training, data: Images, augment: MultiCrop, workers:
     with FlopCounterMode(display=False) as counter:
         train_step(t, views, 0)
     flops = counter.get_total_flops() * compute / share  # a second
-    a = torch.randn(2 * [8192 if cuda else 2048], device=t.device, dtype=t.dtype or torch.float32)
+    a = torch.randn(2 * [8192 if cuda else 1024], device=t.device, dtype=t.dtype or torch.float32)
     a @ a
     start = clock()
     for _ in range(10):

@@ -29,6 +29,7 @@ import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, reduce
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,8 @@ HERE, BILINEAR, BICUBIC = Path(__file__).parent, InterpolationMode.BILINEAR, Int
 os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
 CHILDREN = torch.multiprocessing.get_context("forkserver")  # real processes that share one import
 CHILDREN.set_forkserver_preload(["test_clever"])
+THREADS = torch.get_num_threads()  # a benchmark's; a test has one, and so has each of its processes
+os.environ["OMP_NUM_THREADS"] = "1"
 TINY = dict(arch="vit_micro", global_size=32, local_size=16, local_views=2, blur=False, out_dim=64,
             hidden_dim=32, bottleneck_dim=16, batch=8, epochs=3, warmup_epochs=1,
             lr=5e-3, precision="fp32", workers=0, device="cpu")
@@ -60,9 +63,21 @@ TINY = dict(arch="vit_micro", global_size=32, local_size=16, local_views=2, blur
 @pytest.fixture(autouse=True)
 def only_on_request(request):
     """Tests marked `long` or `benchmark` run where `-m` names the mark."""
-    for mark in {"long", "benchmark"} & {m.name for m in request.node.iter_markers()}:
+    marks = {"long", "benchmark"} & {m.name for m in request.node.iter_markers()}
+    for mark in marks:
         if mark not in request.config.option.markexpr:
             pytest.skip(f"runs with -m {mark}")
+    torch.set_num_threads(THREADS if "benchmark" in marks else 1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ahead(request, tmp_path_factory):
+    """What takes long begins at once, beside the other tests: the imports of CHILDREN, and these calls."""
+    forkserver.ensure_running()
+    wanted = {name for item in request.session.items for name in item.fixturenames}
+    calls = [f for name, f in dict(demo=run_demo, interrupted=interrupt_torchrun).items() if name in wanted]
+    with ThreadPoolExecutor(1) as pool:
+        yield {f: pool.submit(f, tmp_path_factory.mktemp(f.__name__)) for f in calls}
 
 
 def tiny(**options):
@@ -622,12 +637,12 @@ def test_the_profile_adds_up_and_names_what_limits_the_run(tmp_path, capsys, mon
 
 
 def sleepy(function):
-    """The function, or the generator's every item, after 0.3 s."""
+    """The function, or the generator's every item, after 0.2 s."""
     def slower(*args, **kwargs):
         if not inspect.isgeneratorfunction(function):
-            time.sleep(0.3)
+            time.sleep(0.2)
             return function(*args, **kwargs)
-        return (time.sleep(0.3) or item for item in function(*args, **kwargs))
+        return (time.sleep(0.2) or item for item in function(*args, **kwargs))
     return slower
 
 
@@ -804,18 +819,24 @@ def torchrun(*argv, cwd=None, processes=1):
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 
-@pytest.fixture(scope="module")
-def demo(tmp_path_factory):
-    """The folder of the demo, cut to 30 steps, and what it printed."""
-    cwd = tmp_path_factory.mktemp("demo")
+def run_demo(cwd):
+    """The demo, cut to 30 steps, and the command that follows it: the run's folder, what each printed."""
     p = torchrun("--images", 640, "--epochs", 3, "--no-report", "--device", "cpu", cwd=cwd)
-    out, err = p.communicate(timeout=120)
-    assert p.returncode == 0, err
-    return cwd / "runs" / "patterns-clever-caug-1", out, err
+    said = p.communicate(timeout=120)
+    assert p.returncode == 0, said
+    folder, options = cwd / "runs" / "patterns-clever-caug-1", "--quick --epochs 3 --labels 0.05 --device cpu"
+    table = subprocess.run([sys.executable, HERE / "eval_linear.py", folder, *options.split()], cwd=cwd,
+                           capture_output=True, text=True, timeout=120)
+    return folder, *said, table
+
+
+@pytest.fixture
+def demo(ahead):
+    return ahead[run_demo].result()
 
 
 def test_torchrun_trains_the_demo_without_alarm_and_leaves_the_designed_files(demo):
-    folder, out, err = demo
+    folder, out, err, _ = demo
     files = {"config.json", "log.jsonl", "crops.png", "checkpoint.pt", "backbone.pt"}
     assert {f.name for f in folder.iterdir()} - {"eval.json"} == files
     assert [line.split("  ")[0] for line in out.splitlines()] == [f"epoch {i}/3" for i in (1, 2, 3)]
@@ -830,10 +851,8 @@ def test_torchrun_trains_the_demo_without_alarm_and_leaves_the_designed_files(de
 
 
 def test_the_command_that_follows_the_demo_prints_the_table(demo):
-    folder, options = demo[0], "--quick --epochs 3 --labels 0.05 --device cpu"
-    done = subprocess.run([sys.executable, HERE / "eval_linear.py", folder, *options.split()],
-                          cwd=folder.parents[1], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "| linear ef " in done.stdout and "| relative rotation R2" in done.stdout
+    folder, _, _, table = demo
+    assert table.returncode == 0 and "| linear ef " in table.stdout and "| relative rotation R2" in table.stdout
     assert set(sections(folder)) == {"probes labels 0.05", "rotation labels 0.05"}
 
 
@@ -1013,12 +1032,22 @@ def test_a_signal_to_one_of_two_processes_stops_both_with_a_checkpoint(tmp_path)
     assert f"stopped at step {checkpoint(folder)['step']}" in Path(f"{folder}.0").read_text()
 
 
-def test_ctrl_c_on_torchrun_leaves_a_checkpoint(tmp_path):
-    folder = tmp_path / "run"
+def interrupt_torchrun(cwd):
+    """A run of two processes, stopped by Ctrl-C on torchrun: its folder and what it said."""
+    folder = cwd / "run"
     p = torchrun(*flags(out=folder, epochs=1000, images=64, save_every=60), processes=2)
     until(lambda: len(log(folder)) >= 2 or p.poll() is not None)
     os.killpg(p.pid, signal.SIGINT)
-    out, err = p.communicate(timeout=60)
+    return folder, p.communicate(timeout=60)[1]
+
+
+@pytest.fixture
+def interrupted(ahead):
+    return ahead[interrupt_torchrun].result()
+
+
+def test_ctrl_c_on_torchrun_leaves_a_checkpoint(interrupted):
+    folder, err = interrupted
     assert f"stopped at step {checkpoint(folder)['step']}" in err, err
 
 
@@ -1172,7 +1201,7 @@ def test_one_process_downloads_cifar_while_others_wait_and_a_refusal_is_one_sent
                 raise OSError("no network")
             inside.append(self)
             most.append(len(inside))
-            time.sleep(0.1)
+            time.sleep(0.2)
             inside.pop()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torchvision.datasets, "CIFAR10", Cifar)
@@ -1739,11 +1768,9 @@ def test_benchmark_whole_step(photos, aug):
 @pytest.mark.parametrize("aug", ["baug", "caug", "caug+"])
 def test_benchmark_loader(photos, aug):
     transforms, load = published_views(clever.Config(aug=aug)), lambda p: Image.open(p).convert("RGB")
-    threads = torch.get_num_threads()
     torch.set_num_threads(1)                                                   # as in a worker of a loader
     took = in_turns(dict(theirs=lambda i: [[t(x) for t in transforms] for x in map(load, photos)],
                          ours=lambda i: [clever.decode(p, 320) for p in photos]), rounds=3)
-    torch.set_num_threads(threads)
     theirs, ours = (len(photos) / took[name] for name in ("theirs", "ours"))
     print(f"\nloader, {aug}: published {theirs:.1f} images/s, ours {ours:.1f}: {ours / theirs:.1f} x")
 
