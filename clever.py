@@ -974,12 +974,11 @@ def decode(path, side: int):
     """Read an image file, turned as its EXIF says, squashed to bytes (3, side, side); its width / height."""
     with Image.open(path) as image:
         image.draft("RGB", (side, side))  # a JPEG decodes smaller, but no less
-        ImageOps.exif_transpose(image, in_place=True)  # a copy, here or below, would cost 3 % each
+        ImageOps.exif_transpose(image, in_place=True)
         if image.mode.startswith("I"):  # 16 bits: keep the upper 8
             image = image.point(lambda v: v / 256).convert("L")
         aspect = image.width / image.height
-        rgb = image if image.mode == "RGB" else image.convert("RGB")
-        pixels = torchvision.transforms.functional.pil_to_tensor(rgb)  # (3, H, W)
+        pixels = torchvision.transforms.functional.pil_to_tensor(image.convert("RGB"))  # (3, H, W)
     return F.interpolate(pixels[None], (side, side), mode="bicubic", antialias=True)[0], aspect
 
 
