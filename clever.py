@@ -487,16 +487,23 @@ class VisionTransformer(nn.Module):
             nn.init.trunc_normal_(p, std=init_std)
         init_linear(self, init_std)
 
-    def tokens(self, x):
-        """Images (B, 3, H, W) -> tokens (B, 1 + N, D), CLS first; position embeddings fitted to H x W."""
-        x = self.patch_embed.proj(x)  # (B, D, h, w)
-        cls_pos, pos = self.pos_embed[:, :1], self.pos_embed[:, 1:]  # (1, 1, D), (1, n, D)
+    def positions(self, h, w):
+        """Position embeddings of h x w patches, interpolated where they were made for others: (1, h*w, D)."""
+        pos = self.pos_embed[:, 1:]  # (1, n, D)
         side = math.isqrt(pos.shape[1])
-        if x.shape[2:] != (side, side):
-            pos = pos.view(1, side, side, -1).permute(0, 3, 1, 2)  # (1, D, side, side)
-            pos = F.interpolate(pos, size=x.shape[2:], mode="bicubic").flatten(2).mT  # (1, h*w, D)
-        cls = (self.cls_token + cls_pos).expand(len(x), -1, -1)  # (B, 1, D)
-        return torch.cat([cls, x.flatten(2).mT + pos], 1)  # (B, 1 + h*w, D)
+        if (h, w) == (side, side):
+            return pos
+        # as a matrix product: torch has no deterministic backward of an interpolation on a GPU
+        unit = torch.eye(side ** 2, dtype=pos.dtype, device=pos.device).view(1, -1, side, side)  # n channels
+        weight = F.interpolate(unit, size=(h, w), mode="bicubic").flatten(2)  # (1, n, h*w)
+        with torch.autocast(pos.device.type, enabled=False):
+            return weight.mT @ pos
+
+    def tokens(self, x):
+        """Images (B, 3, H, W) -> tokens (B, 1 + N, D), CLS first."""
+        x = self.patch_embed.proj(x)  # (B, D, h, w)
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)  # (B, 1, D)
+        return torch.cat([cls, x.flatten(2).mT + self.positions(*x.shape[2:])], 1)  # (B, 1 + h*w, D)
 
     def get_intermediate_layers(self, x, n=1):
         """The normalised tokens after each of the last n blocks: a list of n tensors (B, 1 + N, D)."""

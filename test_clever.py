@@ -568,26 +568,34 @@ def test_six_steps_equal_the_published_loop_written_out(method, ratio):
     assert all((a != b).any() for a, b in zip(t.student.state_dict().values(), before.values()))
 
 
+# a device's operations that torch.use_deterministic_algorithms refuses (its documentation)
+REFUSED = re.compile(r"_?((upsample|grid_sampl|reflection_pad|adaptive_|fractional_|avg_pool3d).*_backward|max_unpool"
+                     r"|nll_loss|ctc_loss|bincount|histc|median|kthvalue|put_?$|scatter_reduce|index_reduce)")
+
+
 class NeverWait(TorchDispatchMode):
-    """Within: an operation raises that would make the host wait for the values of a device."""
+    """Within: an operation raises that would make the host wait for the values of a device, or is REFUSED."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name, indices = function.overloadpacket.__name__, args[1] if len(args) > 1 else ()
         mask = name.startswith("index") and isinstance(indices, (list, tuple)) and any(
             i is not None and i.dtype is torch.bool for i in indices)
         assert not mask and name not in "_local_scalar_dense nonzero masked_select equal unique _unique2".split()
+        assert not REFUSED.match(name), f"{name} has no deterministic form on a GPU"
         return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("options", [dict(aug="caug+", blur=True), dict(method="dino", ratio=1.0),
                                      dict(arch="resnet18"), dict(arch="vmamba_tiny")])
-def test_a_step_and_its_views_never_wait_for_the_device(options):
+def test_a_step_and_its_views_never_wait_for_the_device_and_can_be_deterministic(options):
     cfg = tiny(**{**options, "batch": 2})
     t, crop = clever.Training(cfg, 2), clever.MultiCrop(cfg)
     images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
-    for wait in (lambda x: x.item(), lambda x: x[x > 0], lambda x: bool(x)):
+    resize = partial(F.interpolate, size=(3, 3), mode="bicubic")
+    for wrong in (lambda x: x.item(), lambda x: x[x > 0], lambda x: bool(x),
+                  lambda x: resize(x.view(1, 1, 1, 1).requires_grad_()).sum().backward()):
         with pytest.raises(AssertionError), NeverWait():
-            wait(torch.ones(()))
+            wrong(torch.ones(()))
     with NeverWait():
         for step in range(2):
             clever.train_step(t, crop(images, torch.ones(2), step), step)
