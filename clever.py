@@ -95,7 +95,7 @@ class Config:
     seed: int = 0                     # of everything random
     device: str = "auto"              # auto, cpu or cuda
     precision: str = "auto"           # bf16, fp16, fp32; auto: bf16 where it is fast, else fp16 on a GPU
-    compile: bool = False             # torch.compile backbone, heads and losses
+    compile: bool = False             # torch.compile augmentation, backbone, heads and losses
     deterministic: bool = False       # bit-identical reruns on a GPU too (slower); a CPU needs no such switch
     workers: int = -1                 # processes that decode images; -1: one a core; none for data in memory
     cache: bool = True                # hold decoded images on the device if they fill at most a quarter of it
@@ -326,21 +326,34 @@ def shift_hue(x, turn):
     return torch.stack([value - chroma * torch.minimum(k, 4 - k).clamp(0, 1) for k in shares], 1)
 
 
-def color_jitter(x, brightness, contrast, saturation, hue, order=(0, 1, 2, 3)):
+def adjust(x, operation, factor):
+    """Brightness (0), contrast (1), saturation (2) or hue (3) of images (B, 3, h, w) by factors (B,)."""
+    def blend(other):
+        return torch.lerp(other, x, factor[:, None, None, None]).clamp(0, 1)
+    return (blend(x.new_zeros(())) if operation == 0 else
+            blend(gray(x).mean((1, 2, 3), keepdim=True)) if operation == 1 else
+            blend(gray(x)) if operation == 2 else shift_hue(x, factor))
+
+
+def color_jitter(x, brightness, contrast, saturation, hue, order=(0, 1, 2, 3), adjust=adjust):
     """torchvision's ColorJitter on a batch, with factors (B,) for each image: 1, 1, 1, 0 change nothing."""
-    def blend(other, factor):
-        factor = factor[:, None, None, None]
-        return (factor * x + (1 - factor) * other).clamp(0, 1)
     for operation in order:
-        x = (blend(0, brightness) if operation == 0 else
-             blend(gray(x).mean((1, 2, 3), keepdim=True), contrast) if operation == 1 else
-             blend(gray(x), saturation) if operation == 2 else shift_hue(x, hue))
+        x = adjust(x, operation, (brightness, contrast, saturation, hue)[operation])
     return x
 
 
 def normalize(x):
     """Subtract ImageNet's mean and divide by its standard deviation: (B, 3, h, w), channel by channel."""
     return torch.stack([(x[:, c] - MEAN[c]) / STD[c] for c in range(3)], 1)
+
+
+def finish(x, grayed, sigma, solarized):
+    """Grey, blur (none where sigma is None), solarise, normalise: grayed, solarized (B,) bool, sigma (B,)."""
+    x = torch.where(grayed[:, None, None, None], gray(x), x)
+    if sigma is not None:
+        matrix = gaussian_matrix(x.shape[-1], sigma, BLUR_RADIUS)[:, None].to(x.dtype)  # (B, 1, size, size)
+        x = matrix @ x @ matrix.mT
+    return normalize(torch.where(solarized[:, None, None, None] & (x >= 0.5), 1 - x, x))
 
 
 class MultiCrop(nn.Module):
@@ -351,6 +364,8 @@ class MultiCrop(nn.Module):
     def __init__(self, cfg: Config, rank=0, world=1):
         super().__init__()
         self.cfg, self.rank, self.world = cfg, rank, world
+        compiled = torch.compile if cfg.compile else lambda f: f
+        self.warp, self.adjust, self.finish = map(compiled, (warp, adjust, finish))
 
     def draw(self, view: int, batch: int, gen) -> dict:
         """The random parameters of one view of `batch` images, each a tensor with that many rows."""
@@ -397,14 +412,10 @@ class MultiCrop(nn.Module):
         if noise is not None:
             scale = size / 224  # alpha 100, sigma 5 at 224 px
             shift = elastic_shift(noise, 100 * scale, 5 * scale) * p["elastic"][:, None, None, None]
-        x = warp(images, size, p["box"], p["flip"], p["angle"], shift)
-        x = color_jitter(x, p["brightness"], p["contrast"], p["saturation"], p["hue"], order)
-        x = torch.where(p["gray"][:, None, None, None], gray(x), x)
-        if self.cfg.blur:
-            matrix = gaussian_matrix(size, p["sigma"], BLUR_RADIUS)[:, None].to(x.dtype)  # (B, 1, size, size)
-            x = matrix @ x @ matrix.mT
-        x = torch.where(p["solarize"][:, None, None, None] & (x >= 0.5), 1 - x, x)
-        return normalize(x)
+        x = self.warp(images, size, p["box"], p["flip"], p["angle"], shift)
+        factors = (p[name] for name in ("brightness", "contrast", "saturation", "hue"))
+        x = color_jitter(x, *factors, order, self.adjust)
+        return self.finish(x, p["gray"], p["sigma"] if self.cfg.blur else None, p["solarize"])
 
     @torch.no_grad()
     def forward(self, images, aspect, step):
@@ -1606,7 +1617,7 @@ def profile(cfg: Config, t: Training, data: Images, augment: MultiCrop, workers:
           f"{peak / 1e12:.2f} TFLOP/s of a matrix product")
     print("The loader limits this run: more --workers, a smaller --store-size, or a faster disk."
           if loader < 1.1 * compute else
-          "The augmentation limits this run: fewer --local-views or a simpler --aug."
+          "The augmentation limits this run: --compile, fewer --local-views or a simpler --aug."
           if phases["augmentation"] > 0.2 * total else
           "The compute limits this run: try --compile; then a larger --batch, if memory allows."
           if cuda and not cfg.compile else
