@@ -94,7 +94,7 @@ class Config:
     images: int = 0                   # train on a random subset of so many images; 0: all
     seed: int = 0                     # of everything random
     device: str = "auto"              # auto, cpu or cuda
-    precision: str = "auto"           # bf16, fp16, fp32; auto: bf16 where it is fast, else fp16 on a GPU
+    precision: str = "auto"           # bf16, fp16, fp32 (a GPU: TF32); auto: bf16 where fast, else a GPU fp16
     compile: bool = False             # torch.compile augmentation, backbone, heads and losses
     deterministic: bool = False       # bit-identical reruns on a GPU too (slower); a CPU needs no such switch
     workers: int = -1                 # processes that decode images; -1: one a core; none for data in memory
@@ -364,7 +364,7 @@ class MultiCrop(nn.Module):
     def __init__(self, cfg: Config, rank=0, world=1):
         super().__init__()
         self.cfg, self.rank, self.world = cfg, rank, world
-        compiled = torch.compile if cfg.compile else lambda f: f
+        compiled = partial(torch.compile, dynamic=True) if cfg.compile else lambda f: f
         self.warp, self.adjust, self.finish = map(compiled, (warp, adjust, finish))
 
     def draw(self, view: int, batch: int, gen) -> dict:

@@ -615,7 +615,7 @@ def test_compile_covers_augmentation_networks_and_losses_and_computes_the_same(m
     counters = torch._dynamo.utils.counters
     graphs = counters["stats"]["unique_graphs"]
     batches(t.cfg, 20, torch.float32)  # other orders of the colour operations
-    assert counters["stats"]["unique_graphs"] == graphs >= 16 and not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] == graphs >= 10 and not counters["graph_break"]
 
 
 def test_a_folder_of_images_gets_the_papers_schedules():
