@@ -160,6 +160,7 @@ def check(c: Config) -> None:
             if not fits(getattr(c, name)):
                 raise UserError(f"{flag(name)} {getattr(c, name)} must be {expected}")
     dim, gpu, dino = EMBED_DIM[c.arch], torch.cuda.is_available(), c.method == "dino"
+    compiler = os.environ.get("CXX") or {"darwin": "clang++"}.get(sys.platform, "g++")
     ir = int(c.ratio * dim)
     patch = c.patch_size or VIT.get(c.arch, (0, 0, 1, 0))[2]
     sizes = {n: getattr(c, n) for n in ("global_size", "local_size")[:1 + bool(c.local_views)]}
@@ -175,7 +176,9 @@ def check(c: Config) -> None:
          f"--blur needs views over {BLUR_RADIUS} px; say --no-blur"),
         (gpu or c.device != "cuda", "--device cuda: torch finds no GPU here; leave it out"),
         (c.precision != "fp16" or gpu and c.device != "cpu",
-         "--precision fp16 is for a GPU; say bf16 or fp32")]
+         "--precision fp16 is for a GPU; say bf16 or fp32"),
+        (not c.compile or gpu and c.device != "cpu" or shutil.which(compiler.split()[0]),
+         f"--compile needs a C++ compiler, and {compiler} is not found; install one, or name it in CXX")]
     for ok, sentence in sentences:
         if not ok:
             raise UserError(sentence)

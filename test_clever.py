@@ -960,6 +960,8 @@ def test_every_wrong_setting_is_one_sentence_exit_code_2_and_creates_nothing(
         assert err.startswith("clever.py: ") and words in err, (argv, err)
         assert tree(folder, base, data) == before, argv
     assert len(settings) > 50
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert run(folder / "new", compile=True) == 2 and "needs a C++ compiler" in capsys.readouterr().err
     monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=1000))
     for world, words in (("1", "make room"), ("3", "cannot be shared evenly by 3 processes")):
         monkeypatch.setenv("WORLD_SIZE", world)
