@@ -1628,13 +1628,16 @@ def profile(cfg: Config, t: Training, data: Images, augment: MultiCrop, workers:
 
 
 def guarded(name: str, work) -> int:
-    """The exit code of a command: 0, or 2 with the one sentence of a UserError. Leaves the process group."""
+    """The exit code of a command: 0, or 2 with what the user can change, said. Leaves the process group."""
     try:
         work()
         return 0
     except UserError as e:
         if int(os.environ.get("RANK", 0)) == 0:
             print(f"{name}: {e}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError as e:  # on any rank
+        print(f"{name}: the GPU's memory is full; lower --batch, or use more GPUs ({e})", file=sys.stderr)
         return 2
     finally:
         if dist.is_initialized():
