@@ -1050,7 +1050,7 @@ class Images(Dataset):
                 yield self.pixels[indices].to(device), self.aspect[indices].to(device)
             return
         loader = DataLoader(self, batch_sampler=batches, num_workers=workers, worker_init_fn=quiet_worker,
-                            prefetch_factor=4 if workers else None, pin_memory=device.type == "cuda")
+                            pin_memory=device.type == "cuda")
         for pixels, aspect, indices in loader:
             self.note_bad(indices.tolist())
             yield pixels.to(device, non_blocking=True), aspect.float().to(device, non_blocking=True)
