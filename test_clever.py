@@ -55,6 +55,7 @@ CHILDREN = torch.multiprocessing.get_context("forkserver")  # real processes tha
 CHILDREN.set_forkserver_preload(["test_clever"])
 THREADS = torch.get_num_threads()  # a benchmark's; a test has one, and so has each of its processes
 os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 TINY = dict(arch="vit_micro", global_size=32, local_size=16, local_views=2, blur=False, out_dim=64,
             hidden_dim=32, bottleneck_dim=16, batch=8, epochs=3, warmup_epochs=1,
             lr=5e-3, precision="fp32", workers=0, device="cpu")
