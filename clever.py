@@ -94,7 +94,7 @@ class Config:
     images: int = 0                   # train on a random subset of so many images; 0: all
     seed: int = 0                     # of everything random
     device: str = "auto"              # auto, cpu or cuda
-    precision: str = "auto"           # bf16, fp16, fp32 (a GPU: TF32); auto: bf16 where fast, else a GPU fp16
+    precision: str = "auto"           # bf16, fp16, fp32 (TF32 on a GPU); auto: bf16 where it is fast
     compile: bool = False             # torch.compile augmentation, backbone, heads and losses
     deterministic: bool = False       # bit-identical reruns on a GPU too (slower); a CPU needs no such switch
     workers: int = -1                 # processes that decode images; -1: one a core; none for data in memory
@@ -502,12 +502,12 @@ class VisionTransformer(nn.Module):
         init_linear(self, init_std)
 
     def positions(self, h, w):
-        """Position embeddings of h x w patches, interpolated where they were made for others: (1, h*w, D)."""
+        """Position embeddings, interpolated to h x w patches: (1, h*w, D)."""
         pos = self.pos_embed[:, 1:]  # (1, n, D)
         side = math.isqrt(pos.shape[1])
         if (h, w) == (side, side):
             return pos
-        # as a matrix product: torch has no deterministic backward of an interpolation on a GPU
+        # a matrix product, for torch's interpolation has no deterministic backward on a GPU
         unit = torch.eye(side ** 2, dtype=pos.dtype, device=pos.device).view(1, -1, side, side)  # n channels
         weight = F.interpolate(unit, size=(h, w), mode="bicubic").flatten(2)  # (1, n, h*w)
         with torch.autocast(pos.device.type, enabled=False):
@@ -1133,7 +1133,8 @@ def distributed() -> tuple[int, int]:
 
 
 def pick_precision(name: str, device: torch.device):
-    """The dtype of autocast, or None for float32. auto: bf16 on a CPU that has instructions for it."""
+    """The dtype of autocast, or None for float32. auto: bf16 where the device has instructions for it, else
+    fp16 on a GPU and float32 on a CPU."""
     if name == "auto" and device.type == "cuda":
         name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     elif name == "auto":
