@@ -1,21 +1,22 @@
 """What did a backbone learn? Every evaluation of CLeVER (arXiv 2406.00262), from one command.
 
-    python eval_linear.py runs/in100                  the paper's table: linear, k-NN and rotation probes
-    python eval_linear.py runs/in100 --quick          the same on features extracted once: a minute
-    torchrun --nproc-per-node gpu eval_linear.py runs/in100 --curve  also against angle and elasticity
-    python eval_linear.py runs/in100 --finetune --labels 0.1         semi-supervised; --data food101: transfer
+    python eval_linear.py runs/in100                  the paper's table: linear and k-NN probes
+    python eval_linear.py runs/in100 --quick --curve  on features extracted once; also against the angle
+    torchrun --nproc-per-node gpu eval_linear.py runs/in100                    the same on several GPUs
+    python eval_linear.py runs/in100 --finetune --labels 0.1  semi-supervised; --data cifar10: transfer
     python eval_linear.py --weights dino_deitsmall16_pretrain.pth --arch vit_small --data IMAGENET100
-    python eval_linear.py runs/in100 --davis DAVIS    segment videos; --visualize IMAGE: attention, components
+    python eval_linear.py runs/in100 --davis DAVIS    segment videos
+    python eval_linear.py runs/in100 --visualize A.jpg    IR, EF and attention of an image that turns
 
-Parts: `all`; `ir` and `ef`, the dimensions of the last representation z that the losses shaped. Of a ViT, the
-linear probe on `all` reads the CLS tokens of the last four blocks (DINO); the other probes on `all` read z.
-Symbols: B images, N rows, F features of linear probes, D of z, P parts, L learning rates, C classes.
+IR and EF are the dimensions of the last representation z, which the losses shaped. Of a ViT, the linear probe
+on all reads the CLS tokens of the last four blocks (DINO), the other probes read z.
+Letters in comments: B images, N rows, F features, D of them z, C classes, T frames or turns.
 """
 import argparse
 import copy
-import dataclasses
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -23,605 +24,552 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import nn
-from torchvision import datasets, utils
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import make_grid
 from tqdm import tqdm
 
 import clever
-from clever import Config, UserError, flag, generator, near, split, warp
+from clever import CHUNK, Config, UserError, distributed, generator, say
 
-# ======== 1. Options
+# ======== 1. The options: the defaults are the paper's protocol
 
+def make_parser():
+    """The parser of the command line."""
+    parser = clever.Parser(prog="eval_linear.py", usage="[torchrun] eval_linear.py RUN [options]",
+                           allow_abbrev=False, description="Evaluate a backbone. In brackets: the defaults.")
+    add = parser.add_argument
+    add("run", nargs="?", default="", help="folder of a run of clever.py; else --weights and --arch")
+    add("--weights", default="", help="weights of timm, torchvision or DINO, or a training checkpoint")
+    add("--arch", default="", help="the architecture of --weights, as for clever.py")
+    add("--ratio", type=float, default=1.0, help="rho of --weights: 0.8 for published CLeVER [1: no split]")
+    add("--data", default="", help="as for clever.py [the run's]")
+    add("--parts", nargs="+", type=str.lower, choices=("all", "ir", "ef"), default=("all", "ir", "ef"),
+        help="what to probe [those that there are]")
+    add("--quick", action="store_true", help="train on features of the plain images, extracted once")
+    add("--labels", type=float, default=1.0, help="fraction of the training labels, drawn class by class [1]")
+    add("--epochs", type=int, default=100, help="passes over the training images [100]")
+    add("--batch", type=int, default=256, help="images a step, over all processes [256]")
+    add("--lr", nargs="+", type=float, default=[0.001, 0.003, 0.01, 0.03, 0.1, 0.3],
+        help="for 256 images a step; held-out training images choose [0.001 0.003 0.01 0.03 0.1 0.3]")
+    add("--finetune", action="store_true", help="train the backbone too, with AdamW")
+    add("--curve", action="store_true", help="also accuracy against fixed angles and elastic strengths")
+    add("--davis", default="", help="folder of DAVIS-2017: segment its validation videos instead")
+    add("--visualize", default="", metavar="IMAGE", help="draw how IR, EF and attention turn with it instead")
+    add("--out", default="", help="folder of eval.json and visualize.png [the run, or that of --weights]")
+    add("--seed", type=int, default=0, help="of heads, crops and the draw of labels, not of test images [0]")
+    add("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="of the backbone")
+    add("--workers", type=int, default=-1, help="processes that decode images [-1: one a core]")
+    return parser
 
-@dataclasses.dataclass
-class Probe:
-    """Every option: a typed field, its default and its help. The defaults are the paper's protocol."""
-    run: str = ""              # folder of a run of clever.py; else --weights and --arch
-    data: str = ""             # as for clever.py, or flowers102, food101, oxfordiiitpet; empty: the run's
-    weights: str = ""          # not a run: weights of timm, torchvision or DINO, or a training checkpoint
-    arch: str = ""             # the architecture of --weights
-    ratio: float = 1.0         # rho of --weights: 0.8 for the published CLeVER; 1: no split
-    size: int = 0              # side of the images in pixels; 0: the run's, or 224
-    parts: tuple = ()          # some of all, ir, ef; empty: those that the model has
-    quick: bool = False        # train on features of the plain images, extracted once
-    labels: float = 1.0        # use this fraction of the training labels: a fixed, class-balanced draw
-    epochs: int = 100          # passes over the training images
-    batch: int = 256           # images a step, over all processes
-    lr: float = 0.001          # base learning rate for 256 images a step; scaled by batch / 256
-    lr_grid: tuple = (1.0, 3.0, 10.0, 30.0, 100.0, 300.0)  # multiples of --lr; held-out images choose
-    finetune: bool = False     # train the backbone too, with AdamW
-    lr_backbone: float = 1e-4  # of --finetune
-    lr_head: float = 1e-3      # of --finetune
-    curve: bool = False        # also accuracy against fixed angles and elastic strengths
-    davis: str = ""            # folder of DAVIS-2017: segment its validation videos instead
-    visualize: tuple = ()      # images: draw attention and principal components instead
-    out: str = ""              # folder of eval.json and visualize.png; empty: the run, or that of --weights
-    seed: int = 0              # of heads, crops and the draw of labels; test images never depend on it
-    device: str = "auto"       # auto, cpu or cuda
-    precision: str = "auto"    # of the backbone: auto, bf16, fp16 or fp32
-    workers: int = -1          # processes that decode images; -1: one a core
-
-
-PARTS = ("all", "ir", "ef")
-KINDS = ("orig", "cj", "cj+flip", "cj+rot", "cj+rot+elastic")
-CURVES = (*(f"rot={a}" for a in range(0, 91, 15)), *(f"elastic={a}" for a in (0, 25, 50, 100, 150, 200)))
-CHUNK = 256                    # test images that are drawn, and pass the backbone, together
-
-
-def parse(argv) -> Probe:
-    """The options of a command line, each tested against its range. Raises UserError with one sentence."""
-    about = dict(prog="eval_linear.py", usage="[torchrun] eval_linear.py RUN [options]",
-                 description="Evaluate a backbone. Defaults: the paper's protocol on the run's data.")
-    p = Probe(**clever.read_options(Probe, argv, "run", **about))
-    rules = [(getattr(p, n) > 0, f"{flag(n)} {getattr(p, n)} must be greater than 0")
-             for n in "epochs batch lr lr_backbone lr_head labels ratio".split()]
-    words = [("parts", v, PARTS) for v in p.parts] + [("arch", p.arch, clever.EMBED_DIM)] * bool(p.weights)
-    words += [(n, getattr(p, n), clever.CHOICES[n]) for n in ("device", "precision")]
-    rules += [(v in known, f"{flag(n)} {v} is unknown, expected one of {', '.join(known)}{near(v, known)}")
-              for n, v, known in words]
-    rules += [
-        (bool(p.run) != bool(p.weights), "name the folder of a run, or --weights and --arch: one of the two"),
-        (p.run or p.data or p.davis or p.visualize, "--weights needs --data, the images to probe on"),
-        (max(p.labels, p.ratio) <= 1, f"--labels {p.labels} and --ratio {p.ratio} must be at most 1"),
-        (min(p.lr_grid) > 0, "--lr-grid: every multiple must be greater than 0"),
-        (p.device != "cuda" or torch.cuda.is_available(), "--device cuda: this machine has no GPU for torch"),
-        (p.size >= 0 and p.workers >= -1, "--size must be at least 0, --workers at least -1")]
-    for ok, sentence in rules:
-        if not ok:
-            raise UserError(sentence)
+def parse(argv):
+    """The options of a command line. Raises UserError for one that is wrong, or that would be ignored."""
+    p = make_parser().parse_args(argv)
+    p.probing = not (p.davis or p.visualize)
+    ignored = []
+    if p.run:
+        ignored += ["--weights", "--arch", "--ratio"]  # the run has its own
+    if p.finetune:
+        ignored += ["--parts", "--quick", "--lr"]  # one head, on all
+    if p.davis:
+        ignored += ["--visualize"]
+    if not p.probing:
+        ignored += ["--data", "--parts", "--quick", "--labels", "--epochs", "--batch", "--lr", "--finetune",
+                    "--curve", "--seed", "--precision", "--workers"]
+    for word in argv:
+        if word.split("=")[0] in ignored:
+            raise UserError(f"{word} would be ignored here; leave it out")
+    if not p.run and not (p.weights and p.arch and (p.data or not p.probing)):
+        raise UserError("name the folder of a run; or --weights, its --arch such as vit_small, and --data")
+    for value in (p.epochs, p.batch, p.labels, p.ratio, *p.lr):
+        if not 0 < value < math.inf:
+            raise UserError(f"{value}: --epochs, --batch, --labels, --ratio and --lr must be greater than 0")
+    if p.labels > 1 or p.ratio > 1:
+        raise UserError("--labels and --ratio must be at most 1")
+    if p.finetune:
+        p.parts = ["all"]
+        p.lr = [1.0]  # AdamW has its own
     return p
 
 
-# ======== 2. The backbone, from a run or a file of others
+# ======== 2. The backbone, from a run or from a file of others
 
+def read_weights(path):
+    """A backbone's tensors by name, of a state dict or a checkpoint's teacher. Runs no code of the file.
 
-def read_weights(path) -> dict:
-    """A backbone's tensors by name, from a state dict or a checkpoint's teacher. Runs no code of the file."""
+    Raises UserError for what torch.save has not written, or not of tensors alone."""
+    if path.suffix == ".safetensors":
+        raise UserError(f"{path}: convert it first, in Python: torch.save(safetensors.torch.load_file(A), B)")
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's checkpoints hold their options
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as e:
-        raise UserError(f"{path}: there are no weights to read ({e.strerror})")
+        for key in ("training", "teacher", "student", "state_dict", "model"):
+            state = state.get(key, state)
+        tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state.items()}
     except Exception as e:
         code = re.search(r"GLOBAL (\S+)", str(e))
-        why = f"it wants to run {code[1]}; save its tensors alone" if code else "no intact file of torch.save"
-        raise UserError(f"{path} is refused: {why}")
-    if isinstance(state, dict):
-        state = next((state[k] for k in ("teacher", "student", "state_dict", "model") if k in state), state)
-    if not isinstance(state, dict) or not any(isinstance(v, torch.Tensor) for v in state.values()):
-        raise UserError(f"{path} holds no state dict; expected tensors by name, or such a teacher or student")
-    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state.items()}
-    return {k.removeprefix("backbone."): v for k, v in state.items() if k.startswith("backbone.")} or state
+        reason = f"it wants to run {code[1]}" if code else type(e).__name__
+        raise UserError(f"{path} is no file of named tensors by torch.save ({reason})")
+    prefix = "backbone."
+    backbone = {name[len(prefix):]: value for name, value in tensors.items() if name.startswith(prefix)}
+    return backbone or tensors
 
+def open_model(p):
+    """(configuration, untrained backbone, trained backbone) of a run or of --weights. Raises UserError.
 
-def open_model(p: Probe):
-    """(configuration, trained backbone, its file) of a run or --weights. Fills in p.size and p.data."""
-    path, cfg = Path(p.weights), Config(arch=p.arch, ratio=p.ratio, data=p.data)
+    The configuration's data, precision and workers are those of the evaluation."""
     if p.run:
-        path, cfg = Path(p.run) / "backbone.pt", clever.load_config(p.run)
+        path = Path(p.run, "backbone.pt")
+        cfg = clever.load_config(p.run)
+    else:
+        path = Path(p.weights)
+        cfg = Config(method="dino" if p.ratio == 1 else "clever", arch=p.arch, ratio=p.ratio)
+    cfg.data = p.data or cfg.data
+    cfg.precision = p.precision
+    cfg.workers = p.workers
+    clever.check(cfg)
+    if not p.probing and cfg.arch not in clever.VIT:
+        raise UserError(f"--davis and --visualize need the patch tokens of a ViT, not {cfg.arch}")
     state = read_weights(path)
-    if p.weights and "conv1.weight" in state and state["conv1.weight"].shape[-1] == 3:
-        cfg.global_size = 32                                   # a ResNet's stem for small images
-    if p.weights and p.arch in clever.VIT and {"pos_embed", "patch_embed.proj.weight"} <= set(state):
-        cfg.patch_size = state["patch_embed.proj.weight"].shape[-1]
-        cfg.global_size = cfg.patch_size * math.isqrt(state["pos_embed"].shape[1] - 1)
-    backbone = clever.build_backbone(cfg.arch, cfg.global_size, cfg.patch_size)
-    own = backbone.state_dict()
-    extra = [k for k in state if k not in own and not re.match(r"(head|fc|classifier|projector)", k)]
-    wrong = [k for k in own if (state[k].shape != own[k].shape if k in state else "num_batches" not in k)]
-    if wrong or extra:
-        names = lambda keys: ", ".join(keys[:5]) + f" and {len(keys) - 5} more" * (len(keys) > 5) or "none"
-        raise UserError(f"{path} does not fit {cfg.arch}; missing or of another shape: {names(wrong)}; "
-                        f"unknown to it: {names(extra)}; is this the right architecture?")
-    backbone.load_state_dict({**own, **{k: v for k, v in state.items() if k in own}})
-    p.size, p.data = p.size or cfg.global_size, p.data or cfg.data
-    if p.size % getattr(backbone, "patch_size", 1):
-        raise UserError(f"--size {p.size} is not a multiple of the patch of {backbone.patch_size} px")
-    return cfg, backbone, path
-
+    torch.manual_seed(cfg.seed)
+    try:
+        patch = None
+        if p.weights and cfg.arch in clever.VIT:
+            patch = state["patch_embed.proj.weight"].shape[-1]
+            cfg.global_size = patch * math.isqrt(state["pos_embed"].shape[1] - 1)
+        elif p.weights and cfg.arch.startswith("resnet") and state["conv1.weight"].shape[-1] == 3:
+            cfg.global_size = 32  # the stem for small images
+        untrained = clever.build_backbone(cfg.arch, cfg.global_size, patch_size=patch)  # as the run began
+        for name in set(state) - set(untrained.state_dict()):
+            if re.match("head|fc|classifier|projector", name):
+                del state[name]
+        trained = copy.deepcopy(untrained)
+        trained.load_state_dict(state)
+    except (RuntimeError, LookupError, ValueError, AttributeError) as e:
+        reason = " ".join(str(e).split())[:300]
+        raise UserError(f"{path} does not fit {cfg.arch}, {type(e).__name__}: {reason}")
+    return cfg, untrained, trained
 
 class Representation(nn.Module):
-    """What the probes see, in eval mode: images (B, 3, H, W) -> features (B, F); z is the last D of them.
+    """What the probes see, in eval mode: images (B, 3, H, W) -> features (B, F), of which z is the last D.
 
-    `parts` and `last` hold the columns of each part, for linear probes and for the others; `all` differs.
-    shard: (rank, world) of the processes that share the work."""
+    `linear` and `last` hold the columns of each part, for linear probes and for k-NN; "all" differs."""
 
-    def __init__(self, backbone, cfg, p: Probe, device="cpu", shard=(0, 1)):
+    def __init__(self, backbone, cfg, p, device):
         super().__init__()
-        self.backbone, self.size, self.device = backbone.to(device), p.size, torch.device(device)
-        self.side, self.workers = clever.stored_side(p.size), clever.worker_count(p.workers)
-        self.rank, self.world = shard
-        self.dtype = clever.pick_precision(p.precision, self.device)
+        self.backbone = backbone.to(device)
+        self.cfg = cfg
+        self.device = device
+        self.dtype = clever.pick_precision(cfg.precision, device)
         if p.finetune and self.dtype is torch.float16:
-            self.dtype = None                                  # fp16 gradients would need scaling
-        self.vit, D = cfg.arch in clever.VIT, backbone.embed_dim
+            self.dtype = torch.float32  # gradients in fp16 would need scaling
+        self.vit = cfg.arch in clever.VIT
+        D = backbone.embed_dim
         self.width = D * min(4, len(backbone.blocks)) if self.vit else D
-        whole = torch.arange(self.width, device=device)
-        z = whole[-D:]
-        self.last = dict(zip(PARTS if cfg.ratio < 1 else ("all",), (z, *split(z, cfg.ratio))))
-        if missing := set(p.parts) - set(self.last):
-            raise UserError(f"--parts {missing.pop()}: this model has no split (DINO, or ratio 1)")
-        self.last = {k: i for k, i in self.last.items() if k in (p.parts or PARTS)}
-        self.parts = {k: whole if k == "all" else i for k, i in self.last.items()}
+        self.last = {}
+        for part, i in clever.columns(D, cfg.ratio).items():
+            if part.lower() in p.parts:
+                self.last[part] = i.to(device) + self.width - D
+        if not self.last:
+            raise UserError(f"--parts {p.parts[0]}: this model has no split (DINO, or ratio 1)")
+        self.linear = dict(self.last)
+        if "all" in self.last:
+            self.linear["all"] = torch.arange(self.width, device=device)
         self.eval().requires_grad_(False)
 
     def forward(self, x):
-        """(B, 3, H, W) -> (B, F): a ViT's CLS tokens after the last four blocks, each normalised; else z."""
-        with clever.mixed_precision(self.device, self.dtype):
-            if not self.vit:
-                return self.backbone(x).float()
-            return torch.cat([t[:, 0] for t in self.backbone.get_intermediate_layers(x, 4)], -1).float()
+        with clever.autocast(self.device, self.dtype):
+            if self.vit:
+                layers = self.backbone.get_intermediate_layers(x, 4)
+                return torch.cat([tokens[:, 0] for tokens in layers], -1).float()
+            return self.backbone(x).float()
 
 
-# ======== 3. Images: a test view is a function of its position, not of model, seed or number of processes
+# ======== 3. The images: a test view is a function of its position, not of model, seed or number of processes
 
+KINDS = {
+    "orig": dict(),
+    "cj": dict(jitter=True),
+    "cj+flip": dict(jitter=True, flip=True),
+    "cj+rot": dict(jitter=True, rotate=True),
+    "cj+rot+elastic": dict(jitter=True, rotate=True, alpha=100)}
+TABLE = list(KINDS)  # without the curves
+KINDS.update({f"rot={degrees}": dict(degrees=degrees) for degrees in range(0, 91, 15)})
+KINDS.update({f"elastic={alpha}": dict(alpha=alpha) for alpha in (0, 25, 50, 100, 150, 200)})
 
-def load_split(data, part, side):
-    """`clever.load_images` and three data sets of torchvision, at side x side px; part: train or val."""
-    known = dict(
-        flowers102=(datasets.Flowers102, dict(train=("train", "val"), val=("test",)), "_image_files"),
-        food101=(datasets.Food101, dict(train=("train",), val=("test",)), "_image_files"),
-        oxfordiiitpet=(datasets.OxfordIIITPet, dict(train=("trainval",), val=("test",)), "_images"))
-    if data not in known:
-        return clever.load_images(data, part, side)
-    kind, names, files = known[data]
-    try:
-        loaded = [kind(".data", split=name, download=True) for name in names[part]]
-    except Exception as e:
-        reason = str(e).strip().splitlines()[0]
-        raise UserError(f"--data {data}: neither in .data nor to be downloaded ({reason}); check the "
-                        "network, or name a folder of images")
-    labels, paths = ([v for s in loaded for v in getattr(s, name)] for name in ("_labels", files))
-    return clever.Images(side, labels, [str(c) for c in range(max(labels) + 1)], paths=paths)
+def make_view(images, aspect, size, gen, share=(0, 1), crop=False, flip=False, jitter=False, rotate=False,
+              degrees=0, alpha=0):
+    """Views of some images: bytes (B, 3, S, S), aspect (B,) -> (B, 3, size, size), normalised.
 
+    gen, on the CPU, draws for the global batch, of which share = (rank, world) takes its own; all kinds draw
+    the same. crop: random resized; rotate: within 90 degrees; alpha: of an elastic deformation at 224 px."""
+    rank, world = share
+    B = len(images)
 
-def open_splits(data, side, fraction=1.0, seed=0):
-    """Training images, perhaps a fraction of them, and held-out ones. UserError if their classes differ."""
-    train, val = load_split(data, "train", side), load_split(data, "val", side)
-    if odd := sorted(set(train.classes) ^ set(val.classes)):
-        raise UserError(f"--data {data}: train and val have different classes ({', '.join(odd[:5])} in one "
-                        "only); a probe needs the same in both")
-    if fraction < 1:
-        train.keep(balanced_draw(train.labels, fraction, seed))
-    return train, val
+    def uniform(low, high, *shape):
+        draws = torch.rand(B * world, *shape, generator=gen)[rank * B:(rank + 1) * B]
+        return (low + (high - low) * draws).to(images.device)  # (B, *shape)
 
+    flipped = (uniform(0, 1) < 0.5) & flip
+    angle = uniform(-90, 90) * rotate + degrees
+    factors = [uniform(0.6, 1.4), uniform(0.6, 1.4), uniform(0.6, 1.4), uniform(-0.1, 0.1)]
+    order = torch.randperm(4, generator=gen).tolist()
+    shift = None
+    if alpha:
+        noise = uniform(-1, 1, 2, size, size)
+        shift = clever.elastic_shift(noise, alpha * size / 224, 5 * size / 224)
+    if crop:
+        ratio = uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()
+        box = clever.crop_box(uniform(0.08, 1, 10), ratio, uniform(0, 1, 2), aspect)
+        x = clever.warp(images.float() / 255, size, box, flipped, angle, shift)
+    else:
+        x = clever.centre_view(images, aspect, size, flipped, angle, shift)
+    if jitter:
+        x = clever.color_jitter(x, *factors, order)
+    return clever.normalize(x)
 
 def balanced_draw(labels, fraction, seed):
-    """Indices of a fixed draw with equally many images, at least one, of each class: labels (N,) -> (n,)."""
+    """Rows of a fixed draw with equally many images, at least one, of each class: labels (N,) -> (n,)."""
     order = torch.randperm(len(labels), generator=generator("cpu", seed, "labels"))
     count = max(1, round(fraction * len(labels) / len(labels.unique())))
-    nth = F.one_hot(labels[order]).cumsum(0).gather(1, labels[order, None])[:, 0]   # (N,), from 1
-    return order[nth <= count].sort().values
+    rows = [order[labels[order] == label][:count] for label in labels.unique()]
+    return torch.cat(rows).sort().values
 
-
-def centre_box(aspect, part):
-    """Box for `warp` of the centred square over `part` of the shorter side: aspect (B,) -> (B, 4)."""
-    half = torch.stack([(1 / aspect).clamp(max=1), aspect.clamp(max=1)], 1) * part  # (B, 2)
-    return torch.cat([torch.zeros_like(half), half], 1)
-
-
-def make_view(images, aspect, size, kind, chunk):
-    """The test view of a chunk of images: bytes (B, 3, S, S), aspect (B,) -> (B, 3, size, size), angles (B,).
-
-    kind: orig, or cj, flip, rot, elastic joined by "+"; rot=30 and elastic=50 fix the angle (else within 90
-    degrees) and alpha (else 100, at 224 px). Random numbers are a function of the chunk, drawn on the CPU."""
-    gen, B, device, scale = generator("cpu", "test views", chunk), len(images), images.device, size / 224
-    steps = dict(s.partition("=")[::2] for s in kind.split("+"))                    # {"cj": "", "rot": "30"}
-    between = lambda low, high: (low + (high - low) * torch.rand(B, generator=gen)).to(device)
-    flip, angle = (between(0, 1) < 0.5) & ("flip" in steps), between(-90, 90) * ("rot" in steps)
-    jitter = [*(between(0.6, 1.4) for _ in range(3)), between(-0.1, 0.1), torch.randperm(4, generator=gen)]
-    if steps.get("rot"):
-        angle = torch.full_like(angle, float(steps["rot"]))
-    shift = None
-    if "elastic" in steps:
-        noise = torch.rand(B, 2, size, size, generator=gen).to(device) * 2 - 1
-        shift = clever.elastic_shift(noise, float(steps["elastic"] or 100) * scale, 5 * scale)
-    x = warp(images.float() / 255, size, centre_box(aspect, 0.875 if size > 64 else 1), flip, angle, shift)
-    return clever.normalize(clever.color_jitter(x, *jitter) if "cj" in steps else x), angle
-
+def open_splits(p, cfg):
+    """Training images or a fraction of them, and test images. Raises UserError if their classes differ."""
+    side = clever.stored_side(cfg.global_size)
+    val = clever.load_images(cfg.data, "val", side)
+    train = clever.load_images(cfg.data, "train", side)
+    odd = sorted(set(train.classes) ^ set(val.classes))
+    if odd:
+        raise UserError(f"--data {cfg.data}: train and val differ in the classes {', '.join(odd[:5])}")
+    if p.labels < 1:
+        rows = balanced_draw(train.labels, p.labels, p.seed)
+        paths = [train.paths[i] for i in rows] if train.paths else None
+        pixels = None if train.paths else train.pixels[rows]
+        train = clever.Images(side, train.labels[rows], train.classes, paths, pixels)
+    return train, val
 
 @torch.no_grad()
 def extract(model, data, kind):
-    """Features (N, F) and angles (N,) of a split's images under `kind`; each process computes its chunks."""
+    """Features (N, F) of a split under a perturbation; each process computes its share of the chunks.
+
+    Raises UserError if more than 1 % of the images cannot be read."""
+    rank, world = distributed()
     features = torch.zeros(len(data), model.width, device=model.device)
-    angles = torch.zeros(len(data), device=model.device)
-    starts = range(model.rank * CHUNK, len(data), model.world * CHUNK)
-    stream = data.stream([range(i, min(i + CHUNK, len(data))) for i in starts], model.device, model.workers)
-    quiet = model.rank > 0 or None
-    for i, (images, aspect) in zip(starts, tqdm(stream, kind, len(starts), disable=quiet, leave=False)):
-        view, angles[i:i + CHUNK] = make_view(images, aspect, model.size, kind, i // CHUNK)
-        features[i:i + CHUNK] = model(view)
-    if model.world > 1:
-        dist.all_reduce(features), dist.all_reduce(angles)     # the rows of the other processes are zero here
-    return features, angles
+    starts = range(rank * CHUNK, len(data), world * CHUNK)
+    chunks = [list(range(start, min(start + CHUNK, len(data)))) for start in starts]
+    stream = data.stream(chunks, model.device, model.cfg.workers)
+    bar = tqdm(stream, kind, len(chunks), leave=False, disable=None if rank == 0 else True)
+    for start, (images, aspect) in zip(starts, bar):
+        gen = generator("cpu", "test views", start // CHUNK)
+        x = make_view(images, aspect, model.cfg.global_size, gen, **KINDS[kind])
+        features[start:start + CHUNK] = model(x)
+    if world > 1:
+        dist.all_reduce(features)  # the rows of other processes are zero here
+    data.name_bad()
+    data.refuse_bad()
+    return features
 
 
-# ======== 4. Probes: pure functions of features
+# ======== 4. The probes and the paper's table
 
+def train_probes(p, model, data, bank):
+    """A linear probe of each part, {part: (learning rate, nn.Linear)}; with --finetune the backbone too.
 
-class LinearProbes(nn.Module):
-    """Linear classifiers of P parts x L learning rates side by side: features (B, F) -> logits (P, L, B, C).
-
-    SGD without weight decay is linear in the gradient: a learning rate is a weight of the loss."""
-
-    def __init__(self, parts, width, rates, classes, seed=0, device="cpu"):
-        super().__init__()
-        self.names, self.shape, outputs = list(parts), (len(rates), classes), len(rates) * classes
-        weight = 0.01 * torch.randn(len(parts), width, outputs, generator=generator("cpu", seed, "head"))
-        self.weight = nn.Parameter(weight.to(device))                               # (P, F, L * C)
-        self.bias = nn.Parameter(torch.zeros(len(parts), 1, outputs, device=device))
-        mask = [torch.zeros(1, width, device=device).index_fill(1, i, 1.0) for i in parts.values()]
-        self.mask, self.rates = torch.stack(mask), torch.tensor(rates, device=device)    # (P, 1, F), (L,)
-        self.best = torch.zeros(len(parts), dtype=torch.long, device=device)        # (P,), see `choose`
-
-    def forward(self, z):
-        """(B, F) -> (P, L, B, C)."""
-        logits = torch.baddbmm(self.bias, z * self.mask, self.weight)               # (P, B, L * C)
-        return logits.unflatten(-1, self.shape).transpose(1, 2)
-
-    def loss(self, z, y):
-        """Mean cross-entropies of a batch, summed, weighted by the learning rates: (B, F), (B,) -> scalar."""
-        log_q = F.log_softmax(self(z), -1)                                          # (P, L, B, C)
-        return -(log_q[..., torch.arange(len(y), device=y.device), y].mean(-1) * self.rates).sum()
-
-    @torch.no_grad()
-    def choose(self, z, y):
-        """Keep each part's learning rate with the best top-1 on held-out features (N, F), labels (N,)."""
-        chunks = zip(z.split(CHUNK), y.split(CHUNK))
-        self.best = sum((self(a).argmax(-1) == b).sum(-1) for a, b in chunks).argmax(1)
-
-    @torch.no_grad()
-    def predict(self, z):
-        """Logits at the chosen learning rates: (N, F) -> (P, N, C)."""
-        rows = torch.arange(len(self.best), device=z.device)
-        return torch.cat([self(a)[rows, self.best] for a in z.split(CHUNK)], 1)
-
-
-def knn(bank, labels, queries, classes, k=20, temperature=0.07):
-    """Weighted k-NN by cosine (DINO): bank (N, d), labels (N,), queries (M, d) -> votes (M, C)."""
-    bank, votes = F.normalize(bank, dim=-1), []
-    for q in F.normalize(queries, dim=-1).split(CHUNK):
-        cosine, index = (q @ bank.T).topk(min(k, len(bank)), 1)                     # each (m, k)
-        weight = ((cosine - 1) / temperature).exp()
-        votes.append(weight.new_zeros(len(q), classes).scatter_add_(1, labels[index], weight))
-    return torch.cat(votes)
-
-
-def topk(scores, labels, ks=(1, 5)):
-    """Percentages of labels (N,) among the k highest scores (N, C), for each k."""
-    hits = scores.topk(min(max(ks), scores.shape[1]), 1).indices == labels[:, None]      # (N, k)
-    return [round(100 * float(hits[:, :k].any(1).float().mean()), 4) for k in ks]
-
-
-def ridge_r2(x, angle, x_test, angle_test, penalty=0.01) -> float:
-    """R2 on test rows of ridge regression from standardised features (N, d) to (cos, sin) of angles (N,)."""
-    y, y_test = (torch.stack([a.deg2rad().cos(), a.deg2rad().sin()], 1).double() for a in (angle, angle_test))
-    mean, std, centre = x.double().mean(0), x.double().std(0) + 1e-6, y.mean(0)
-    x, x_test = (x - mean) / std, (x_test - mean) / std
-    gram = x.T @ x / len(x) + penalty * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    w = torch.linalg.solve(gram, x.T @ (y - centre) / len(x))                       # (d, 2)
-    error = (y_test - centre - x_test @ w).square().sum(0)
-    return float((1 - error / (y_test - y_test.mean(0)).square().sum(0)).mean())
-
-
-def describe(model, train, val) -> dict:
-    """What z of a frozen backbone tells of class and angle, and its rank: {what: {part: number}}."""
-    (bank, _), (turned, angle), (up, _), (rot, angle_val) = (
-        extract(model, data, kind) for data in (train, val) for kind in ("orig", "rot"))
-    labels, labels_val, C = train.labels.to(model.device), val.labels.to(model.device), len(train.classes)
-    both, both_val = torch.stack([bank, turned], 1), torch.stack([up, rot], 1)  # (N, 2, F): and its copy
-    top1 = lambda i, z: topk(knn(bank[:, i], labels, z[:, i], C), labels_val)[0]
-    r2 = lambda i, z, z_val: ridge_r2(z[..., i].flatten(1), angle, z_val[..., i].flatten(1), angle_val)
-    measures = {"k-NN top-1, upright": lambda i: top1(i, up), "k-NN top-1, rotated": lambda i: top1(i, rot),
-                "rotation R2": lambda i: r2(i, turned, rot),
-                "relative rotation R2": lambda i: r2(i, both, both_val),
-                "effective rank": lambda i: clever.effective_rank(up[:, i])}
-    return {what: {part: measure(i) for part, i in model.last.items()} for what, measure in measures.items()}
-
-
-def before_after(cfg, p, model, train, val) -> tuple[dict, list]:
-    """`describe`, untrained and trained, on at most 4096 and 2000 images: (numbers, rows of a table)."""
-    splits = []
-    for data, count in ((train, 4096), (val, 2000)):
-        order = torch.randperm(len(data), generator=generator("cpu", "subset"))[:count].sort().values
-        splits.append(copy.copy(data))
-        splits[-1].bad = set()
-        splits[-1].keep(order)
-        splits[-1].hold(model.device, model.workers)
-    torch.manual_seed(cfg.seed)                                # the backbone that this run started from
-    floor = Representation(clever.CLeVER(cfg).backbone, cfg, p, model.device, (model.rank, model.world))
-    before, after = describe(floor, *splits), describe(model, *splits)
-    cell = lambda what, x: f"{x:.2f}" if "R2" in what else f"{x:.1f}"
-    rows = [[what, *(f"{cell(what, before[what][k])} -> {cell(what, x)}" for k, x in row.items())]
-            for what, row in after.items()]
-    return dict(before=before, after=after), [["untrained -> trained", *model.last], *rows]
-
-
-def markdown(rows) -> str:
-    """Rows of strings, the first one the head, as an aligned Markdown table."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths)) + " |" for row in rows]
-    return "\n".join([lines[0], re.sub(r"[^|]", "-", lines[0]), *lines[1:]])
-
-
-def compare(cfg: Config, out) -> None:
-    """At the end of a run (rank 0 alone): print what training changed, write it, and say what to do next."""
-    p = Probe(run=str(out), device=cfg.device, precision=cfg.precision, workers=cfg.workers)
-    device = torch.device("cuda" if cfg.device != "cpu" and torch.cuda.is_available() else "cpu")
-    model = Representation(open_model(p)[1], cfg, p, device)
-    try:
-        numbers, rows = before_after(cfg, p, model, *open_splits(cfg.data, model.side))
-        clever.write_json(Path(out) / "compare.json", numbers)
-        print(f"\n{markdown(rows)}\n\nOn held-out images: k-NN in %, upright and rotated by up to 90 "
-              "degrees; R2 of reading the angle (1: exact).")
-    except UserError as e:
-        print(f"No comparison with the untrained backbone: {e}")
-    other = "dino" if cfg.method == "clever" else "clever"
-    print(f"\n{out}: backbone.pt is the trained backbone, crops.png what it saw, log.jsonl the log. Next:\n"
-          f"  python eval_linear.py {out} --quick\n  python clever.py --data {cfg.data} --method {other}")
-
-
-# ======== 5. The paper's table
-
-
-def feature_batches(p, model, data, rows, steps, bank=None):
-    """This process's share of each step's batch: yields features (b, F) and labels (b,).
-
-    From the bank (N, F) of extracted features; or through the backbone, with crops by (seed, step)."""
-    labels, mine = data.labels.to(model.device), p.batch // model.world
-    mine = slice(model.rank * mine, (model.rank + 1) * mine)
-    batches = [rows[b] for b in clever.batches(len(rows), p, 0, steps, model.rank, model.world)]
-    if bank is not None:
-        yield from ((bank[b], labels[b]) for b in (b.to(model.device) for b in batches))
-        return
-    crops = clever.MultiCrop(Config(global_scale=(0.08, 1.0), aug="baug", blur=False))
-    stream = data.stream([b.tolist() for b in batches], model.device, model.workers)
-    for step, (batch, (images, aspect)) in enumerate(zip(batches, stream)):
-        draws = crops.draw(0, p.batch, generator(model.device, p.seed, "probe", step))
-        d = {k: v[mine] for k, v in draws.items()}
-        box = crops.crop_box(d["area"], d["ratio"], d["place"], aspect)
-        x = warp(images.float() / 255, model.size, box, d["flip"], d["angle"])      # (b, 3, size, size)
-        yield model(clever.normalize(x)), labels[batch.to(model.device)]
-
-
-def train_probes(p, model, data, bank=None) -> LinearProbes:
-    """Linear probes of all parts, each at its best learning rate; with --finetune one head and the backbone.
-
-    bank (N, F): features of the plain training images. A tenth, at most 5000, is held out to choose among
-    several learning rates; a single one trains on all. Fine-tuning keeps the statistics of batch norm."""
-    rates = (1.0,) if p.finetune else p.lr_grid
+    bank (N, F): features of the plain training images. A tenth of them, at most 5000, is held out to choose
+    among several learning rates. Fine-tuning keeps the statistics of batch norm."""
+    rank, world = distributed()
+    labels = data.labels.to(model.device)
     order = torch.randperm(len(data), generator=generator("cpu", p.seed, "held out"))
-    held, rows = order.tensor_split([min(5000, len(order) // 10) if len(rates) > 1 else 0])
-    p = dataclasses.replace(p, batch=min(p.batch, len(rows) // model.world * model.world))
-    steps = p.epochs * (len(rows) // p.batch)
-    parts = {"all": torch.arange(model.width, device=model.device)} if p.finetune else model.parts
-    probes = LinearProbes(parts, model.width, rates, len(data.classes), p.seed, model.device)
-    head, trunk = list(probes.parameters()), list(model.parameters()) if p.finetune else []
-    optimizer = torch.optim.SGD(head, lr=p.lr * p.batch / 256, momentum=0.9)
+    count = min(5000, len(order) // 10) if len(p.lr) > 1 else 0
+    held, rows = order.tensor_split([count])
+    batch = min(p.batch, len(rows) // world * world)
+    steps = p.epochs * (len(rows) // batch)
+    gen = generator("cpu", p.seed, "head")
+    heads = {}
+    weights = []
+    for part, i in model.linear.items():
+        for rate in p.lr:
+            head = nn.Linear(len(i), len(data.classes))
+            nn.init.normal_(head.weight, std=0.01, generator=gen)
+            nn.init.zeros_(head.bias)
+            heads[part, rate] = head.to(model.device)
+            weights += head.parameters()
+    optimizer = torch.optim.SGD(weights, lr=batch / 256, momentum=0.9)
     if p.finetune:
         model.requires_grad_(True)
-        groups = dict(params=head, lr=p.lr_head), dict(params=trunk, lr=p.lr_backbone)
+        groups = [dict(params=weights, lr=1e-3), dict(params=model.parameters(), lr=1e-4)]
         optimizer = torch.optim.AdamW(groups, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    batches = feature_batches(p, model, data, rows, steps, bank if p.quick else None)
-    for z, y in tqdm(batches, "train", steps, disable=model.rank > 0 or None, leave=False):
+
+    def indices():
+        for some in clever.batches(len(rows), Config(batch=batch, seed=p.seed), 0, steps, rank, world):
+            yield rows[some].tolist()
+
+    stream = data.stream(indices(), model.device, model.cfg.workers)  # starts when it is asked
+    bar = tqdm(indices(), "train", steps, leave=False, disable=None if rank == 0 else True)
+    for step, some in enumerate(bar):
+        if p.quick:
+            z = bank[some]
+        else:
+            images, aspect = next(stream)
+            gen = generator("cpu", p.seed, "probe", step)
+            size = model.cfg.global_size
+            z = model(make_view(images, aspect, size, gen, (rank, world), crop=True, flip=True))
         optimizer.zero_grad()
-        probes.loss(z, y).backward()
-        if model.world > 1:
-            for q, mean in zip(head + trunk, clever.mean_over_processes([q.grad for q in head + trunk])):
-                q.grad = mean
+        loss = 0.0
+        for (part, rate), head in heads.items():  # SGD is linear: a weight of the loss is a learning rate
+            loss = loss + rate * F.cross_entropy(head(z[:, model.linear[part]]), labels[some])
+        loss.backward()
+        for group in optimizer.param_groups:
+            for weight in group["params"]:
+                clever.mean_over_processes(weight.grad)
         optimizer.step()
         schedule.step()
     model.requires_grad_(False)
-    if len(held):
-        held = held.to(model.device)
-        probes.choose(bank[held], data.labels.to(model.device)[held])
-    return probes
+    data.name_bad()
+    return choose(heads, model.linear, bank[held], labels[held])
 
+@torch.no_grad()
+def choose(heads, parts, z, y):
+    """The best of heads {(part, rate): nn.Linear} on features (N, F), labels (N,): {part: (rate, head)}."""
+    best = {}
+    most = {}
+    for (part, rate), head in heads.items():
+        hits = int((head(z[:, parts[part]]).argmax(1) == y).sum())
+        if hits > most.get(part, -1):
+            most[part] = hits
+            best[part] = rate, head
+    return best
 
-def score(kinds, model, probes, train, val, bank=None) -> dict:
-    """{"linear ir": {kind: [top-1, top-5]}} of linear probes and, where there is a bank (N, F), of k-NN."""
-    labels, labels_val, table = train.labels.to(model.device), val.labels.to(model.device), {}
-    for kind in kinds:
-        z, _ = extract(model, val, kind)
-        scores = {f"linear {part}": s for part, s in zip(probes.names, probes.predict(z))}
-        for part, i in model.last.items() if bank is not None else ():
-            scores[f"k-NN {part}"] = knn(bank[:, i], labels, z[:, i], len(train.classes))
-        for name, s in scores.items():
-            table.setdefault(name, {})[kind] = topk(s, labels_val)
-    return table
+def accuracy(scores, labels):
+    """[top-1, top-5] in % of scores (N, C), labels (N,); top-1 alone of fewer than 6 classes."""
+    hits = scores.argsort(1, descending=True) == labels[:, None]  # (N, C)
+    top = (1, 5) if scores.shape[1] > 5 else (1,)
+    return [100 * float(hits[:, :k].any(1).double().mean()) for k in top]
 
+def print_table(title, columns, rows):
+    """Print a Markdown table; each of the rows is a list of strings, its name first."""
+    say("")
+    for first, *cells in ([title, *columns], ["-" * 20] + ["-" * 14] * len(columns), *rows):
+        say(f"| {first:20} | " + " | ".join(f"{cell:14}" for cell in cells) + " |")
 
-def evaluate(p: Probe, cfg: Config, model) -> dict:
-    """Train and test the probes, print the tables: {section of eval.json: pairs of top-1 and top-5}."""
-    train, val = open_splits(p.data, model.side, p.labels, p.seed)
-    train.hold(model.device, model.workers), val.hold(model.device, model.workers)
-    backbone, name = copy.deepcopy(model.state_dict()), "finetune" if p.finetune else "probes"
-    bank = None if p.finetune else extract(model, train, "orig")[0]
-    probes = train_probes(p, model, train, bank)
-    results = {name: score(KINDS, model, probes, train, val, bank)}
-    tables = [[["top-1 / top-5, %", *KINDS]] + [[row, *("{:.1f} / {:.1f}".format(*v) for v in cells.values())]
-                                               for row, cells in results[name].items()]]
-    if p.curve:
-        results["curves"] = score(CURVES, model, probes, train, val, bank)
-        top1 = [[row, *(f"{v[0]:.1f}" for v in cells.values())] for row, cells in results["curves"].items()]
-        tables.append([*zip(["top-1, %", *CURVES], *top1)])
+def evaluate(p, model, train, val):
+    """Train and test the probes and print their table: {section of eval.json: numbers}. Raises UserError."""
+    labels = train.labels.to(model.device)
+    truth = val.labels.to(model.device)
+    extract(model, val, "orig")  # broken images are refused before the work, not after
+    bank = torch.zeros(0, model.width, device=model.device)
     if not p.finetune:
-        results[name]["learning rates"] = dict(zip(probes.names, (p.lr * probes.rates[probes.best]).tolist()))
-        results["rotation"], rows = before_after(cfg, p, model, train, val)
-        tables.append(rows)
-        assert not any(m.training for m in model.modules()), "the probes saw a backbone in training mode"
-        assert all(torch.equal(v, backbone[k]) for k, v in model.state_dict().items()), "the backbone changed"
-    if model.rank == 0:
-        print(f"{p.data}: {len(train)} training, {len(val)} test images of {len(train.classes)} classes\n")
-        print("\n\n".join(map(markdown, tables)))
-    suffix = f" {p.data}" * (p.data != cfg.data) + f" labels {p.labels}" * (p.labels < 1)
-    return {section + suffix: numbers for section, numbers in results.items()}
+        bank = extract(model, train, "orig")
+    probes = train_probes(p, model, train, bank)
+    table = {}  # {"linear IR": {kind: accuracy}}
+    kinds = list(KINDS) if p.curve else TABLE
+    for kind in kinds:
+        z = extract(model, val, kind)
+        for part, (_, head) in probes.items():
+            scores = head(z[:, model.linear[part]]).detach()
+            table.setdefault(f"linear {part}", {})[kind] = accuracy(scores, truth)
+        for part, i in model.last.items():
+            if not p.finetune:
+                votes = clever.knn(bank[:, i], labels, z[:, i], len(train.classes))
+                table.setdefault(f"k-NN {part}", {})[kind] = accuracy(votes, truth)
+    rows = []
+    for kind in kinds:
+        rows.append([kind] + [" / ".join(f"{value:.1f}" for value in row[kind]) for row in table.values()])
+    say(f"{len(train)} training and {len(val)} test images of {len(train.classes)} classes")
+    print_table("top-1 / top-5, %" if len(train.classes) > 5 else "top-1, %", table, rows)
+    rates = {part: rate for part, (rate, _) in probes.items()}
+    return {"finetune" if p.finetune else "probes": {**table, "learning rates": rates}}
+
+def compare(cfg, untrained, trained, train, val, device):
+    """Print what z, IR and EF tell of class and angle before and after training; the numbers of both."""
+    before = clever.describe(untrained, cfg, train, val, device)
+    after = clever.describe(trained, cfg, train, val, device)
+    clever.print_comparison(before, after)
+    return dict(rotation=dict(before=before, after=after))
 
 
-# ======== 6. Segmentation by label propagation (DAVIS-2017), and pictures
-
+# ======== 5. Segmentation by label propagation (DAVIS-2017)
 
 def propagate(features, first, last=7, k=5, radius=12, temperature=0.1):
     """Carry masks through a clip (DINO): features (T, h, w, D), first (K, h, w) -> masks (T, K, h, w).
 
     A position takes the masks of its k most similar ones within `radius`, in the first and last frames."""
     T, h, w, _ = features.shape
-    f = F.normalize(features.flatten(1, 2), dim=-1)                                 # (T, h*w, D)
-    place = torch.cartesian_prod(torch.arange(h), torch.arange(w)).to(f.device)     # (h*w, 2)
-    far = ((place[:, None] - place).abs() > radius).any(-1)                         # (h*w, h*w)
-    masks = [first.flatten(1).to(f)]                                                # (K, h*w) of each frame
+    f = F.normalize(features.flatten(1, 2), dim=-1)  # (T, h*w, D)
+    place = torch.cartesian_prod(torch.arange(h), torch.arange(w)).to(f.device)  # (h*w, 2)
+    far = ((place[:, None] - place).abs() > radius).any(-1)  # (h*w, h*w)
+    masks = [first.flatten(1).to(f)]  # (K, h*w) of each frame
     for t in range(1, T):
         context = [0, *range(max(1, t - last), t)]
-        affinity = f[t] @ f[context].flatten(0, 1).T / temperature                  # (h*w, c*h*w)
+        affinity = f[t] @ f[context].flatten(0, 1).T / temperature  # (h*w, c*h*w)
         affinity = affinity.masked_fill(far.repeat(1, len(context)), -math.inf)
-        weight, index = affinity.topk(min(k, affinity.shape[1]), 1)                 # each (h*w, k)
-        source = torch.cat([masks[c] for c in context], 1)                          # (K, c*h*w)
+        weight, index = affinity.topk(min(k, affinity.shape[1]), 1)  # each (h*w, k)
+        source = torch.cat([masks[c] for c in context], 1)  # (K, c*h*w)
         masks.append((source[:, index] * weight.softmax(1)).sum(-1))
-    return torch.stack(masks).unflatten(-1, (h, w))  # (T, K, h*w) -> (T, K, h, w)
+    return torch.stack(masks).unflatten(-1, (h, w))
 
+def jaccard(features, truth):
+    """The mean region similarity J of each object of a clip, carried on from its first frame: a list.
 
-def segment(features, annotation):
-    """Objects of a clip from those of its first frame: features (T, h, w, D), ids (H, W) -> ids (T, H, W)."""
-    ids = torch.tensor([0, *(i for i in annotation.unique().tolist() if 0 < i < 255)])   # 255: void
-    one_hot = (annotation == ids[:, None, None]).float()[None]                      # (1, K, H, W)
-    masks = propagate(features, F.interpolate(one_hot, size=features.shape[1:3], mode="area")[0]).cpu()
-    low, high = masks.amin((2, 3), keepdim=True), masks.amax((2, 3), keepdim=True)
-    masks = (masks - low) / (high - low).clamp(min=1e-6)                            # to [0, 1] (DINO)
-    up = lambda m: F.interpolate(m[None], size=annotation.shape, mode="bilinear")[0]
-    return torch.stack([ids[up(m).argmax(0)] for m in masks])
-
-
-def jaccard(predicted, truth):
-    """Region similarity J of each object in each frame but the first and last: ids (T, H, W) -> (O, T-2)."""
-    ids = [i for i in truth[0].unique().tolist() if 0 < i < 255]
-    p, t = predicted[1:-1].masked_fill(truth[1:-1] == 255, 255), truth[1:-1]        # void is no object
-    union = torch.stack([((p == i) | (t == i)).sum((1, 2)) for i in ids])           # (O, T-2)
-    common = torch.stack([((p == i) & (t == i)).sum((1, 2)) for i in ids])
-    return torch.where(union > 0, common / union.clamp(min=1), 1.0)
-
-
-def patches(model, path):
-    """Patch tokens of an image file, resized to whole patches, after the last norm of a ViT: (h, w, D)."""
-    image, patch = Image.open(path).convert("RGB"), model.backbone.patch_size
-    h, w = round(image.height / patch), round(image.width / patch)
-    x = pil_to_tensor(image.resize((w * patch, h * patch), Image.Resampling.BICUBIC))[None].to(model.device)
-    tokens = model.backbone.get_intermediate_layers(clever.normalize(x.float() / 255))[0]
-    return tokens[0, 1:].unflatten(0, (h, w))                                       # (h*w, D) -> (h, w, D)
-
+    features (T, h, w, D); truth (T, H, W): the object of each pixel, 0 for the background."""
+    ids = truth[0].unique()
+    first = (truth[0] == ids[:, None, None]).float()[None]  # (1, K, H, W)
+    masks = propagate(features, F.interpolate(first, size=features.shape[1:3], mode="area")[0]).cpu()
+    masks = masks - masks.amin((2, 3), keepdim=True)
+    masks = masks / masks.amax((2, 3), keepdim=True).clamp(min=1e-6)  # to [0, 1] (DINO)
+    ours = F.interpolate(masks, size=truth.shape[1:], mode="bilinear").argmax(1)  # (T, H, W)
+    scores = []
+    for k, i in enumerate(ids):
+        common = ((ours == k) & (truth == i)).sum((1, 2))  # (T,)
+        union = ((ours == k) | (truth == i)).sum((1, 2))
+        J = torch.where(union > 0, common / union, 1.0)
+        scores.append(float(J[1:-1].mean()))  # the first frame was given; the last one has never counted
+    return scores[1:]
 
 @torch.no_grad()
-def davis(p: Probe, model) -> dict:
-    """J mean and recall over the objects of DAVIS-2017's validation videos, from frozen patch features."""
-    root, scores = Path(p.davis), {}
+def davis(model, root):
+    """J of the objects in DAVIS-2017's validation videos, off patch tokens: {section of eval.json: numbers}.
+
+    Raises UserError if the folder has another layout."""
+    patch = model.backbone.patch_size
+    scores = {}
     try:
-        videos = (root / "ImageSets/2017/val.txt").read_text().split()
-        mine = videos[model.rank::model.world]
-        for video in tqdm(mine, "videos", disable=model.rank > 0 or None, leave=False):
-            frames = sorted((root / "JPEGImages/480p" / video).glob("*.jpg"))
-            truth = [Image.open(root / "Annotations/480p" / video / f"{f.stem}.png") for f in frames]
-            truth = torch.cat([pil_to_tensor(t) for t in truth])                    # (T, H, W): indices
-            features = torch.stack([patches(model, f) for f in frames])             # (T, h, w, D)
-            scores[video] = jaccard(segment(features, truth[0]), truth)
+        for video in (root / "ImageSets/2017/val.txt").read_text().split():
+            features = []
+            truth = []
+            for path in sorted((root / "JPEGImages/480p" / video).glob("*.jpg")):
+                image = Image.open(path).convert("RGB")
+                w = image.width // patch
+                h = image.height // patch
+                pixels = pil_to_tensor(image.resize((w * patch, h * patch), Image.Resampling.BICUBIC))
+                x = clever.normalize(pixels[None].to(model.device) / 255)
+                tokens = model.backbone.get_intermediate_layers(x)[0]  # (1, 1 + h * w, D)
+                features.append(tokens[0, 1:].unflatten(0, (h, w)))
+                mask = Image.open(root / "Annotations/480p" / video / f"{path.stem}.png")
+                truth.append(pil_to_tensor(mask))
+            scores[video] = jaccard(torch.stack(features), torch.cat(truth))
     except (OSError, RuntimeError) as e:
         raise UserError(f"--davis {root}: unreadable, or not the layout of DAVIS-2017 at 480p ({e})")
-    gathered = [scores] * model.world
-    if model.world > 1:
-        dist.all_gather_object(gathered, scores)
-    scores = {video: j for part in gathered for video, j in part.items()}
-    objects = [j for video in videos for j in scores[video]]                        # each (T-2,)
-    mean = lambda values: sum(values) / len(objects)
-    result = {"J mean": mean(float(j.mean()) for j in objects),
-              "J recall": mean(float((j > 0.5).float().mean()) for j in objects)}
-    if model.rank == 0:
-        cells = [str(len(videos)), str(len(objects)), *(f"{v:.3f}" for v in result.values())]
-        print(markdown([["videos", "objects", *result], cells]))
-    return {"davis": {**result, "videos": {v: scores[v].mean(1).tolist() for v in videos}}}
+    objects = [J for video in scores.values() for J in video]
+    mean = sum(objects) / len(objects)
+    say(f"DAVIS-2017: J mean {mean:.3f} of {len(objects)} objects")
+    return dict(davis={"J mean": mean, "videos": scores})
 
+
+# ======== 6. Pictures: does EF turn with an image while IR stays?
+
+TURNS = (0.0, 30.0, 60.0, 90.0)
+
+def components(tokens):
+    """Three principal components, the same for all turns, as colours in [0, 1]: (T, n, D) -> (T, 3, n)."""
+    x = tokens.flatten(0, 1)
+    u, s, _ = torch.linalg.svd(x - x.mean(0), full_matrices=False)
+    x = F.pad(u * s, (0, 2))[:, :3]  # a part may have fewer dimensions
+    x = (x - x.amin(0)) / (x.amax(0) - x.amin(0) + 1e-9)
+    return x.unflatten(0, tokens.shape[:2]).mT
 
 @torch.no_grad()
-def visualize(p: Probe, model, path: Path) -> None:
-    """A picture, a row an image: itself, the last CLS attention of each head, principal components."""
-    rows, side = [], model.size // model.backbone.patch_size
-    unit = lambda v: (v - v.amin(-1, True)) / (v.amax(-1, True) - v.amin(-1, True) + 1e-9)
-    for name in p.visualize:
-        try:
-            pixels, aspect = clever.decode(name, model.side)
-        except Exception as e:
-            raise UserError(f"--visualize {name}: cannot be read ({e})")
-        none, aspect = torch.zeros(1, device=model.device), torch.tensor([aspect], device=model.device)
-        image = pixels[None].to(model.device).float() / 255
-        image = warp(image, model.size, centre_box(aspect, 1), none > 0, none)      # (1, 3, size, size)
-        x = clever.normalize(image)
-        attention = model.backbone.get_last_selfattention(x)[0, :, 0, 1:]           # (heads, side*side)
-        tokens = model.backbone.get_intermediate_layers(x)[0][0, 1:]                # (side*side, D)
-        u, s, _ = torch.linalg.svd(tokens - tokens.mean(0), full_matrices=False)
-        maps = torch.cat([unit(attention)[:, None].expand(-1, 3, -1), unit((u * s)[:, :3].T)[None]])
-        maps = F.interpolate(maps.unflatten(-1, (side, side)), size=image.shape[2:], mode="nearest")
-        rows.append(torch.cat([image, maps]).cpu())                                 # (heads + 2, 3, s, s)
-    tiles = F.interpolate(torch.cat(rows), scale_factor=max(1, 128 // model.size), mode="nearest")
-    grid = utils.make_grid(tiles, nrow=len(rows[0]), padding=4, pad_value=1.0)
-    clever.write_whole(path, lambda f: utils.save_image(grid, f, format="png"))
+def draw(model, path, tile=128):
+    """A PIL image: a file at each of TURNS, below it components of its parts and attention of its heads.
+
+    Raises UserError for a file that cannot be read."""
+    size = model.cfg.global_size
+    side = size // model.backbone.patch_size
+    try:
+        pixels, aspect = clever.decode(path, clever.stored_side(size))
+    except clever.BROKEN as e:
+        raise UserError(f"--visualize {path}: cannot be read ({e})")
+    angle = torch.tensor(TURNS, device=model.device)
+    pixels = pixels.to(model.device).expand(len(TURNS), -1, -1, -1)
+    images = clever.centre_view(pixels, torch.full_like(angle, aspect), size, angle > 90, angle)  # no flip
+    x = clever.normalize(images)
+    tokens = model.backbone.get_intermediate_layers(x)[0][:, 1:]  # (T, n, D)
+    attention = model.backbone.get_last_selfattention(x)[:, :, :1, 1:]  # (T, heads, 1, n), of the CLS token
+    rows = {"image": images}  # (T, 1 or 3, h, w)
+    for part, i in clever.columns(tokens.shape[2], model.cfg.ratio).items():
+        rows[part] = components(tokens[:, :, i.to(model.device)]).unflatten(2, (side, side))
+    for head, weight in enumerate(attention.unbind(1)):
+        rows[f"head {head + 1}"] = (weight / weight.max()).unflatten(2, (side, side))
+    tiles = [F.interpolate(row, (tile, tile)).expand(-1, 3, -1, -1) for row in rows.values()]
+    sheet = to_pil_image(make_grid(torch.cat(tiles), nrow=len(TURNS), padding=16))
+    pen = ImageDraw.Draw(sheet)
+    for row, name in enumerate(rows):
+        for column, degrees in enumerate(TURNS):
+            place = (16 + column * (tile + 16), 2 + row * (tile + 16))  # above the tile
+            pen.text(place, f"{name}, {degrees:.0f} degrees", "white")
+    return sheet
 
 
 # ======== 7. The command line
 
-
-def run(p: Probe) -> None:
-    """Evaluate as asked, on all processes; eval.json keeps its other sections. Raises UserError."""
-    cfg, backbone, path = open_model(p)
-    out = Path(p.out or path.parent)
+def read_results(file):
+    """The sections of an eval.json; {} where there is none. Raises UserError for a file of another kind."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise UserError(f"--out {out} cannot be written ({e.strerror}); name another folder")
-    if (p.davis or p.visualize) and cfg.arch not in clever.VIT:
-        raise UserError(f"--davis and --visualize need the patch tokens of a ViT, not {cfg.arch}")
-    rank, world, device = clever.setup(Config(batch=p.batch, device=p.device))
-    model = Representation(backbone, cfg, p, device, (rank, world))
-    if p.visualize:
-        if rank == 0:
-            visualize(p, model, out / "visualize.png")
-            print(f"{out / 'visualize.png'}: image, attention of each head, principal components as colours")
+        return dict(**json.loads(file.read_text()))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError) as e:
+        raise UserError(f"{file} holds no results of an evaluation ({e}); move it away")
+
+def add_results(file, results, p, cfg):
+    """Add sections to an eval.json, each named by the data, weights and labels of the command line."""
+    words = [p.data, p.weights and os.path.abspath(p.weights)]
+    if p.labels < 1:
+        words.append(f"labels {p.labels}")
+    if p.quick:
+        words.append("quick")
+    settings = {**vars(p), "arch": cfg.arch, "ratio": cfg.ratio}
+    known = read_results(file)
+    for section, numbers in results.items():
+        name = " ".join(filter(None, [section, *words]))
+        known[name] = {**numbers, "settings": settings}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    clever.write_whole(file, lambda f: f.write(json.dumps(known, indent=1).encode()))
+    say(f"written to {file}")
+
+def run(p):
+    """Evaluate as asked. Raises UserError."""
+    # 1. Everything that may be refused, before anything is written.
+    cfg, untrained, trained = open_model(p)
+    out = Path(p.out or p.run or Path(p.weights).parent).absolute()
+    there = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise UserError(f"--out {out} cannot be written; name another folder")
+    read_results(out / "eval.json")
+    if p.probing:
+        train, val = open_splits(p, cfg)
+    device = clever.setup(p.batch if p.probing else 0)
+    model = Representation(trained, cfg, p, device)
+    # 2. The probes, on all processes.
+    if p.probing:
+        results = evaluate(p, model, train, val)
+    rank, _ = distributed()
+    if dist.is_initialized():
+        dist.destroy_process_group()  # on success alone: a failed rank would wait here for the others
+    if rank > 0:
         return
-    results = davis(p, model) if p.davis else evaluate(p, cfg, model)
-    if rank == 0:
-        file = out / "eval.json"
-        settings = {**vars(p), "arch": cfg.arch, "ratio": cfg.ratio, "weights": str(path)}
-        try:
-            known = json.loads(file.read_text())
-        except (OSError, ValueError):
-            known = {}
-        clever.write_json(file, {**known, **{k: {**v, "settings": settings} for k, v in results.items()}})
-        print(f"\nwritten to {file}")
+    # 3. The rest, on rank 0.
+    if p.visualize:
+        sheet = draw(model, p.visualize)
+        out.mkdir(parents=True, exist_ok=True)
+        clever.write_whole(out / "visualize.png", lambda file: sheet.save(file, "png"))
+        return say(f"written to {out / 'visualize.png'}")
+    if p.davis:
+        results = davis(model, Path(p.davis))
+    add_results(out / "eval.json", results, p, cfg)
+    if p.probing and not p.finetune:
+        rotation = compare(cfg, untrained, trained, train, val, device)
+        add_results(out / "eval.json", rotation, p, cfg)
 
-
-def main(argv) -> int:
-    """Evaluate as a command line says; returns the exit code."""
+def main(argv):
+    """Evaluate as a command line says. Returns the exit code."""
     return clever.guarded("eval_linear.py", lambda: run(parse(argv)))
 
-
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    exit_code = main(sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(exit_code)  # at once: neither a loader's workers nor other ranks can hold it up
