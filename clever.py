@@ -36,7 +36,6 @@ import struct
 import sys
 import time
 import traceback
-import warnings
 from collections import OrderedDict
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -1262,13 +1261,14 @@ def restore(t, data, out):
 def save_crops(path, images, views):
     """A picture of the first images (B, 3, S, S) of bytes, each beside its views as the network sees them."""
     side = views[0].shape[-1]
-    source = F.interpolate(normalize(images / 255), (side, side), mode="bilinear", antialias=True)
+    source = F.interpolate(normalize(images[:8] / 255), (side, side), mode="bilinear", antialias=True)
     tiles = []
     for x in (source, *views):
         border = side - x.shape[-1]
         tiles.append(F.pad(x[:8].cpu(), [0, border, 0, border], value=3.0))  # 3.0: white
     tiles = torch.stack(tiles, 1).flatten(0, 1)  # (rows * (1 + V), 3, side, side)
     tiles = torch.stack([tiles[:, c] * STD[c] + MEAN[c] for c in range(3)], 1).clamp(0, 1)
+    tiles = F.interpolate(tiles, scale_factor=max(1, 96 // side), mode="nearest")
     grid = torchvision.utils.make_grid(tiles, nrow=1 + len(views), padding=4, pad_value=1.0)
     write_whole(path, lambda file: torchvision.utils.save_image(grid, file, format="png"))
 

@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # The paper's recipe, from a folder of ImageNet to the evaluated table:
 #     DATA=/path/to/imagenet ./train_imagenet100.sh
-# DATA holds train/<wnid>/* and val/<wnid>/* of ImageNet-1k or of ImageNet-100. Start it again to go on where it stopped.
+# DATA holds train/<wnid>/* and val/<wnid>/* of ImageNet-1k or of ImageNet-100. Relative folders are the caller's. The same
+# command again goes on where the run stopped; with other options it is refused.
 set -euo pipefail
 DATA=${DATA:-}                                    # the images; needed
-OUT=${OUT:-runs/in100}                            # the run: checkpoints, log, backbone.pt, eval.json
-SUBSET=${SUBSET:-$OUT-images}                     # links to the 100 classes are made here, nothing is copied
 METHOD=${METHOD:-clever} ARCH=${ARCH:-vit_tiny} AUG=${AUG:-caug}
+OUT=${OUT:-runs/in100-$METHOD-$ARCH-$AUG}         # the run: checkpoints, log, backbone.pt, eval.json
+SUBSET=${SUBSET:-$OUT-images}                     # links to the 100 classes are made here, nothing is copied
 EPOCHS=${EPOCHS:-200} BATCH=${BATCH:-512} SEED=${SEED:-0}
 GPUS=${GPUS:-gpu}                                 # processes: a number, or gpu for one a GPU
 TRAIN_OPTIONS=${TRAIN_OPTIONS:-}                  # more options of clever.py, such as "--compile --workers 16"
@@ -26,7 +27,7 @@ n03794056 n03837869 n03891251 n03903868 n03930630 n03947888 n04026417 n04067472 
 n04127249 n04136333 n04229816 n04238763 n04336792 n04418357 n04429376 n04435653 n04485082 n04493381
 n04517823 n04589890 n04592741 n07714571 n07715103 n07753275 n07831146 n07836838 n13037406 n13040303"
 
-cd "$(dirname "${BASH_SOURCE[0]}")"
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 fail() { echo "train_imagenet100.sh: $1" >&2; exit 2; }
 [ -n "$DATA" ] || fail "set DATA to the folder of ImageNet that holds train/ and val/"
 [ -d "$DATA/train" ] && [ -d "$DATA/val" ] || fail "DATA=$DATA has no train/ and val/; expected train/<wnid>/*"
@@ -36,6 +37,11 @@ for c in $CLASSES; do
     done
 done
 "$PYTHON" -c "import torch, torchvision, tqdm" 2>/dev/null || fail "install what it needs: pip install -r requirements.txt"
+"$PYTHON" - "$DATA" "$SUBSET" <<'INSIDE' || fail "SUBSET=$SUBSET is inside DATA=$DATA; name a folder elsewhere"
+import os, sys
+data, subset = (os.path.realpath(path) for path in sys.argv[1:])
+sys.exit((subset + os.sep).startswith(data + os.sep))
+INSIDE
 if [ "$GPUS" = gpu ]; then
     "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" ||
         fail "no GPU that torch can use; set GPUS=1 for a process on the CPU"
@@ -46,13 +52,15 @@ for c in $CLASSES; do
         mkdir -p "$SUBSET/$split" && ln -sfn "$(cd "$DATA/$split/$c" && pwd)" "$SUBSET/$split/$c"
     done
 done
-run() { "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$GPUS" "$@"; }
-if [ -e "$OUT/config.json" ]; then
-    run clever.py --out "$OUT" --resume
-else
-    # shellcheck disable=SC2086
-    run clever.py --data "$SUBSET" --out "$OUT" --method "$METHOD" --arch "$ARCH" --aug "$AUG" \
-        --epochs "$EPOCHS" --batch "$BATCH" --seed "$SEED" $TRAIN_OPTIONS
-fi
+run() {
+    local script=$1
+    shift
+    "$PYTHON" -m torch.distributed.run --standalone --nproc-per-node "$GPUS" "$HERE/$script" "$@"
+}
+RESUME=
+[ ! -e "$OUT/checkpoint.pt" ] || RESUME=--resume
+# shellcheck disable=SC2086
+run clever.py --data "$SUBSET" --out "$OUT" --method "$METHOD" --arch "$ARCH" --aug "$AUG" \
+    --epochs "$EPOCHS" --batch "$BATCH" --seed "$SEED" $RESUME $TRAIN_OPTIONS
 # shellcheck disable=SC2086
 run eval_linear.py "$OUT" $EVAL_OPTIONS
