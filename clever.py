@@ -20,7 +20,7 @@ by gradient from a teacher, which is the moving average of the student (DINO, ar
     L      = L_CL + lambda_orth L_Orth + lambda_reg L_PReg
 
 Without the split this is DINO, `--method dino`: L = L_CL.
-Letters in comments: B images, V views of each, G of them global, D features, K prototypes, N rows or tokens.
+Letters in comments: B images, V views of each, G of them global, D features, K prototypes, N rows, n tokens.
 """
 import argparse
 import dataclasses
@@ -95,11 +95,10 @@ class CLeVER(nn.Module):
         z = [None] * len(views)
         for size in sorted({view.shape[-1] for view in views}):
             same = [i for i, view in enumerate(views) if view.shape[-1] == size]
-            images = torch.stack([views[i] for i in same], 1)  # (B, n, 3, h, w)
+            images = torch.stack([views[i] for i in same], 1)  # (B, n, 3, h, w), by image: see `drop_path`
             features = self.backbone(images.flatten(0, 1))  # (B * n, D)
-            features = features.unflatten(0, (-1, len(same)))  # (B, n, D)
             for k, i in enumerate(same):
-                z[i] = features[:, k]
+                z[i] = features[k::len(same)]  # (B, D)
         return torch.stack(z)
 
     def project(self, z):
@@ -107,11 +106,13 @@ class CLeVER(nn.Module):
         return tuple(head(part) for head, part in zip(self.heads, split(z, self.ratio)))
 
     def forward(self, views):
-        """V views (B, 3, h, w) -> (ir_logits, ef_logits)."""
+        """V views (B, 3, h, w) -> (ir_logits, ef_logits); DINO has the first alone."""
         return self.project(self.embed(views))
 
 
 # ======== 2. The losses (paper, section 3.3): pure functions of logits and parameters
+
+STUDENT_TEMP = 0.1
 
 def wide(x):
     """Half precision to float32, for losses and metrics; float32 and float64 stay."""
@@ -127,7 +128,7 @@ def mean_over_pairs(terms):
     different = 1 - torch.eye(G, V, dtype=terms.dtype, device=terms.device)  # 0 where i = j
     return (terms.mean(2) * different).sum() / (G * (V - 1))
 
-def invariance_loss(student, teacher, centre, student_temp=0.1, teacher_temp=0.04):
+def invariance_loss(student, teacher, centre, student_temp=STUDENT_TEMP, teacher_temp=0.04):
     """L_CL, the mean of -P_i . log Q_j: views of one image agree in IR. It is DINO's loss.
 
     student (V, B, K) and teacher (G, B, K): logits of h_IR, the global views first; centre c (K,)."""
@@ -136,7 +137,7 @@ def invariance_loss(student, teacher, centre, student_temp=0.1, teacher_temp=0.0
     cross_entropy = -torch.einsum("gbk,vbk->gvb", P, log_Q)
     return mean_over_pairs(cross_entropy)
 
-def orthogonality_loss(student, teacher, centre, student_temp=0.1, teacher_temp=0.04):
+def orthogonality_loss(student, teacher, centre, student_temp=STUDENT_TEMP, teacher_temp=0.04):
     """L_Orth, the mean of |cos(P'_i, Q'_j)|: views of one image differ in EF.
 
     The arguments are those of `invariance_loss`, of h_EF. Softmaxes are not negative, so that the
@@ -149,6 +150,7 @@ def orthogonality_loss(student, teacher, centre, student_temp=0.1, teacher_temp=
 
 def projector_regularization(head_ir, head_ef):
     """L_PReg, the difference of the heads' sums of squared parameters: neither head wins by growing."""
+    # row by row: a norm of millions of parameters at once would be off in float32
     ir = sum(p.norm(dim=-1).square().sum() for p in head_ir.parameters())
     ef = sum(p.norm(dim=-1).square().sum() for p in head_ef.parameters())
     return (ir - ef).abs()
@@ -287,7 +289,7 @@ RECIPES = dict(
                epochs=20, batch=64, lr=2e-3, freeze_epochs=0),
     demo=dict(arch="vit_micro", global_size=32, local_size=16, local_views=2, global_scale=(0.5, 1.0),
               local_scale=(0.2, 0.5), hidden_dim=512, out_dim=1024, teacher_temp=0.03,
-              epochs=14, batch=64, lr=2e-3, freeze_epochs=14))
+              epochs=14, batch=64, lr=2e-3, freeze_epochs=14))  # frozen throughout
 RECIPE_OF = dict(patterns="demo", cifar10="cifar", cifar100="cifar")  # a folder: the paper's
 MAY_CHANGE = ("out", "workers", "save_every", "resume", "profile")  # when a run is resumed
 
@@ -317,11 +319,10 @@ def warp(images, size, box, flip, angle, shift=None):
     (B, size, size, 2) in the view's [-1, 1] coordinates, or None. -> (B, 3, size, size), black outside."""
     axis = (torch.arange(size, device=images.device, dtype=images.dtype) * 2 + 1) / size - 1
     point = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)[None]  # (1, size, size, 2)
-    inside = torch.ones_like(point[..., 0], dtype=torch.bool)
     # elastic deformation
     if shift is not None:
         point = point + shift  # (B, size, size, 2)
-        inside = (point.abs() <= 1).all(-1)
+    inside = (point.abs() <= 1).all(-1)  # (B or 1, size, size)
     x, y = point.unbind(-1)  # each (B or 1, size, size)
     # rotation, corners stay black
     cos = angle.deg2rad().cos()[:, None, None]
@@ -391,7 +392,7 @@ def shift_hue(x, turn):
     return torch.stack(channels, 1)
 
 def blend(other, x, factor):
-    """From one image (factor 0) to another (factor 1) and beyond: images (B, 3, h, w), factor (B,)."""
+    """From other (factor 0; it may broadcast) to x (B, 3, h, w) (factor 1) and beyond: factor (B,)."""
     return torch.lerp(other, x, factor[:, None, None, None]).clamp(0, 1)
 
 def color_jitter(x, brightness, contrast, saturation, hue, order=(0, 1, 2, 3)):
@@ -595,7 +596,7 @@ class VisionTransformer(nn.Module):
     def forward(self, x):
         return self.get_intermediate_layers(x)[0][:, 0]
 
-VIT = dict(  # 0.02 would leave the blocks of a ViT as narrow as vit_micro nearly linear
+VIT = dict(  # with init_std 0.02 the blocks of the narrow vit_micro would be nearly linear
     vit_micro=dict(patch_size=8, embed_dim=96, depth=4, heads=3, init_std=0.06),
     vit_tiny=dict(patch_size=16, embed_dim=192, depth=12, heads=3),
     vit_small=dict(patch_size=16, embed_dim=384, depth=12, heads=6),
@@ -629,9 +630,7 @@ def cross_scan(maps):
     right, down, left, up = maps
     down = down.transpose(1, 2).reshape(right.shape)  # (B, W, H, D) -> (B, H, W, D)
     up = up.transpose(1, 2).reshape(right.shape)
-    left = left.flip(1, 2)  # from the last pixel to the first
-    up = up.flip(1, 2)
-    return torch.stack([right, down, left, up], dim=3)
+    return torch.stack([right, down, left.flip(1, 2), up.flip(1, 2)], dim=3)  # flip: from the last pixel
 
 def cross_merge(y):
     """Undoes `cross_scan` and adds the 4 maps: (B, H, W, 4, D) -> (B, H, W, D)."""
@@ -757,17 +756,13 @@ class VMamba(nn.Module):
         rates = torch.linspace(0, drop_path, sum(depths), device="cpu").tolist()
         self.layers = nn.Sequential()
         for i, depth in enumerate(depths):
-            stage = nn.Sequential()
-            blocks = nn.Sequential()
-            for _ in range(depth):
-                blocks.append(VSSBlock(dims[i], rates.pop(0)))
-            stage.add_module("blocks", blocks)
+            blocks = [VSSBlock(dims[i], rates.pop(0)) for _ in range(depth)]
+            stage = nn.Sequential(OrderedDict(blocks=nn.Sequential(*blocks)))
             if i + 1 < len(depths):
                 down = halve(dims[i], dims[i + 1])
                 stage.add_module("downsample", nn.Sequential(channel_first, *down))
             self.layers.append(stage)
-        norm = nn.LayerNorm(dims[-1])
-        self.classifier = nn.Sequential(OrderedDict(norm=norm))
+        self.classifier = nn.Sequential(OrderedDict(norm=nn.LayerNorm(dims[-1])))
         init_linear(self)
 
     def forward(self, x):
@@ -917,7 +912,6 @@ class Images(Dataset):
 
 def quiet_worker(_):
     """A stop signal is for the main process: it finishes its step, with the data its workers still bring."""
-    torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -1063,8 +1057,8 @@ class Training:
         if cfg.compile:
             self.loss = torch.compile(clever_loss)
             for net in (self.student, self.teacher):
-                for part in (net.backbone, *net.heads):
-                    part.compile()
+                for part in net.heads if cfg.arch == "vmamba_tiny" else (net.backbone, *net.heads):
+                    part.compile()  # the loops of VMamba's scan would be unrolled, for each size of map
         self.ddp = self.student
         if self.world > 1:
             ids = [self.device] if self.device.type == "cuda" else None
@@ -1089,7 +1083,7 @@ class Training:
         groups = self.optimizer.state_dict()["param_groups"]
         self.optimizer.load_state_dict(dict(state=state["optimizer"], param_groups=groups))
         self.step = state["step"]
-        if not 0 <= self.step <= len(self.lr) or (self.step > 0 and not state["optimizer"]):
+        if not 0 <= self.step <= len(self.lr):
             raise ValueError(f"step {self.step} does not fit")
         self.begin_epoch()
         self.sums = {name: total.double() for name, total in state["sums"].items()}
@@ -1097,6 +1091,7 @@ class Training:
     def begin_epoch(self):
         """Forget the epoch that ended."""
         self.sums = {}  # of the loss terms, on the device
+        self.last = None  # features and logits of the epoch's last step, for `look`
         self.waiting = 0.0  # seconds for data
         self.first_step = self.step
         self.first_time = time.monotonic()
@@ -1141,7 +1136,7 @@ def collapse_metrics(features, P, Q):
     of the normalised features, times sqrt(d) (0: constant, about 1: healthy); rank: the effective one; own,
     other_view, other_image: the mean cosine of P with Q of the same view, of the other global view of the
     image, of another image. Where the first two agree, the output does not know the view."""
-    mean = P.double().mean((0, 1))  # (K,)
+    mean = P.mean((0, 1), dtype=torch.float64)  # (K,)
     unit = F.normalize(features.double(), dim=-1).flatten(0, 1)  # (G * B, d)
     return dict(
         entropy=float(-torch.special.xlogy(P, P).sum(-1).mean()),
@@ -1175,9 +1170,10 @@ def look(t):
     z, teacher, student = t.last
     metrics = {}
     alarms = []
-    for part, features, head, P, Q in zip(PARTS, split(z, t.cfg.ratio), t.teacher.heads, teacher, student):
-        P = gather(sharpen(P, head.centre, t.cfg.teacher_temp))  # (G, B, K)
-        Q = gather(F.softmax(wide(Q) / 0.1, dim=-1))
+    parts = zip(PARTS, split(z, t.cfg.ratio), t.teacher.heads, teacher, student)
+    for part, features, head, teacher_logits, student_logits in parts:
+        P = gather(sharpen(teacher_logits, head.centre, t.cfg.teacher_temp))  # (G, B, K)
+        Q = gather(F.softmax(wide(student_logits) / STUDENT_TEMP, dim=-1))
         measured = collapse_metrics(gather(wide(features)), P, Q)
         metrics.update({f"{part}_{name}": value for name, value in measured.items()})
         alarms.append(collapse_alarm(part, measured, P.shape[-1]))
@@ -1274,7 +1270,7 @@ def save_crops(path, images, views):
 
 @contextmanager
 def stop_signals(t):
-    """Within: SIGTERM and Ctrl-C let the loop finish the step, save and leave; a second one ends at once."""
+    """Within: at SIGTERM and Ctrl-C the loop saves at its next look and leaves; a second one ends at once."""
     def note(number, frame):
         t.signal = number
         signal.signal(number, before[number])
@@ -1312,8 +1308,8 @@ def stored_side(size):
     """Side of the stored images for views of `size` pixels: small ones as they are, 320 px for 224."""
     return size if size <= 64 else round(size * 10 / 7)
 
-LOG_EVERY = 60  # steps between lines of the log
 LOOK_EVERY = 20  # steps between looks at a GPU's results: to look is to wait
+LOG_EVERY = 3 * LOOK_EVERY  # steps between lines of the log
 
 def log(path, line):
     """Append a dict to log.jsonl, on rank 0; a full disk does not end a run."""
@@ -1367,8 +1363,8 @@ def train(cfg):
                     data.name_bad()
                     metrics, alarms = look(t)
                     line.update(metrics, bad_images=len(data.bad))
-                    new = [alarm for alarm in alarms if alarm and alarm[:15] not in rung]  # each kind once
-                    rung.update(alarm[:15] for alarm in new)
+                    new = [alarm for alarm in alarms if alarm and alarm.split(":")[0] not in rung]
+                    rung.update(alarm.split(":")[0] for alarm in new)  # each once
                     told = "\n".join([told, *new])
                     t.begin_epoch()
                 if place % LOG_EVERY == 0:
@@ -1482,7 +1478,7 @@ def extract(backbone, data, count, size, turned, device, workers):
     z = []
     chunks = [some.tolist() for some in rows.split(CHUNK)]
     for angle, (images, aspect) in zip(angles.split(CHUNK), data.stream(chunks, device, workers)):
-        x = centre_view(images, aspect, size, angle > 90, angle)  # no flip
+        x = centre_view(images, aspect, size, torch.zeros_like(angle, dtype=torch.bool), angle)
         z.append(backbone(normalize(x)).float())
     data.name_bad()
     data.refuse_bad()
@@ -1490,16 +1486,16 @@ def extract(backbone, data, count, size, turned, device, workers):
 
 def describe(backbone, cfg, train, val, device):
     """What z, IR and EF of a backbone tell of class and angle, and their rank: {what: {part: number}}."""
-    def look(data, count, turned):
+    def features_of(data, count, turned):
         return extract(backbone, data, count, cfg.global_size, turned, device, cfg.workers)
 
     if train.classes != val.classes:
         raise UserError(f"--data {cfg.data}: the classes in train/ and val/ differ; a probe needs the same")
     backbone.to(device).eval()
-    bank, _, labels = look(train, 4096, turned=False)
-    turned, angle, _ = look(train, 4096, turned=True)
-    up, _, truth = look(val, 2000, turned=False)
-    rot, angle_val, _ = look(val, 2000, turned=True)
+    bank, _, labels = features_of(train, 4096, turned=False)
+    turned, angle, _ = features_of(train, 4096, turned=True)
+    up, _, truth = features_of(val, 2000, turned=False)
+    rot, angle_val, _ = features_of(val, 2000, turned=True)
     told = {what: {} for what in ("k-NN, upright", "k-NN, rotated", "R2 of the angle", "effective rank")}
     for part, i in columns(bank.shape[1], cfg.ratio).items():
         for what, queries in (("k-NN, upright", up), ("k-NN, rotated", rot)):
@@ -1659,7 +1655,7 @@ def guarded(name, work):
     except UserError as e:
         code, words = 2, str(e)
     except torch.OutOfMemoryError as e:
-        code, words = 2, f"the GPU's memory is full; lower --batch, or use more GPUs ({e})"
+        code, words = 1, f"the GPU's memory is full; lower --batch, or use more GPUs ({e})"
     except KeyboardInterrupt:
         code, words = 130, "interrupted"
     except SystemExit as e:
@@ -1676,7 +1672,7 @@ def main(argv):
     def work():
         cfg = parse(argv)
         out = train(cfg)
-        rank, _ = distributed()
+        rank, world = distributed()
         if dist.is_initialized():
             dist.destroy_process_group()  # on success alone: a failed rank would wait here for the others
         if cfg.profile or rank > 0:
@@ -1689,7 +1685,11 @@ def main(argv):
                 say(f"no comparison with the untrained backbone: {e}", sys.stderr)
             say(f"\nNext: python eval_linear.py {folder} --quick")
         if cfg.method == "clever" and not cfg.resume and not any(word.startswith("--ratio") for word in argv):
-            say(f"The baseline: python {shlex.join([sys.argv[0], *argv])} --method dino --out {folder}-dino")
+            start = "python"
+            if world > 1:
+                start = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
+            words = shlex.join([sys.argv[0], *argv])
+            say(f"The baseline: {start} {words} --method dino --out {folder}-dino")
     return guarded("clever.py", work)
 
 if __name__ == "__main__":
