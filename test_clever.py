@@ -171,7 +171,8 @@ def test_width_and_size_of_every_backbone(arch, D, parameters):
         for side in (32, 64):
             assert f(torch.zeros(2, 3, side, side)).shape == (2, D)
 
-# claim 5: the student's stochastic depth grows linearly over its blocks; a teacher has neither it nor dropout.
+# claim 5: the student's stochastic depth grows linearly over its blocks; a teacher has neither it nor
+# dropout.
 @pytest.mark.parametrize("arch", ["vit_micro", "convnext_tiny", "efficientnet_b0"])
 def test_the_teacher_is_not_random(arch):
     student = clever.build_backbone(arch, 32, drop_path=0.3)
@@ -222,7 +223,8 @@ def outputs(case="healthy"):
         student = normal(64, seed=6).expand(2, 128, 64)
     return features, teacher.softmax(-1), student.softmax(-1)
 
-# claim 25: each collapse is called by its name, EF's trivial solutions too, and a healthy run is left in peace.
+# claim 25: each collapse is called by its name, EF's trivial solutions too, and a healthy run is left in
+# peace.
 @pytest.mark.parametrize("case, ir_says, ef_says", [
     ("healthy", None, None), ("constant features", "same features", "same features"),
     ("features on a line", "same features", "same features"), ("uniform teacher", "uniform", "TRIVIAL"),
@@ -658,7 +660,8 @@ def four_steps(rank, world, folder):
     state = dict(t.student.state_dict()), dict(t.teacher.state_dict())
     torch.save([terms, clever.look(t)[0], *state], f"{folder}/{world}-{rank}.pt")
 
-# claim 12: losses, weights and collapse metrics do not depend on the number of processes; all hold one teacher.
+# claim 12: losses, weights and collapse metrics do not depend on the number of processes; all hold one
+# teacher.
 def test_two_and_three_processes_equal_one(tmp_path):
     four_steps(0, 1, tmp_path)
     one = torch.load(tmp_path / "1-0.pt")
@@ -828,7 +831,8 @@ def in_turns(calls, rounds=5):
             times[name].append(time.perf_counter() - began)
     return {name: statistics.median(took[1:]) for name, took in times.items()}
 
-# claim 33: without its views, a step of the paper's recipe takes a CPU no longer than the published arithmetic.
+# claim 33: without its views, a step of the paper's recipe takes a CPU no longer than the published
+# arithmetic.
 @pytest.mark.benchmark
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_benchmark_step(precision):
@@ -1034,7 +1038,8 @@ def test_the_demo(tmp_path):
     with Image.open(folder / "crops.png") as crops:  # 8 images, each beside its 4 views
         assert crops.width > 5 * 32 and crops.height > 8 * 32
 
-# claim 14: images without labels, anywhere below a folder, train; a run says at its start what it will do, and
+# claim 14: images without labels, anywhere below a folder, train; a run says at its start what it will do,
+# and
 # that there will be no comparison
 def test_a_run_says_first_what_it_will_do(base, data):
     said = base.with_name("output.txt").read_text()
@@ -1044,7 +1049,8 @@ def test_a_run_says_first_what_it_will_do(base, data):
         assert words in first, words
     assert not (base / "compare.json").exists() and "eval_linear" not in said
 
-# claim 14: log.jsonl holds a line of JSON an epoch and every 60 steps: the mean loss terms, lr, speed and, at an
+# claim 14: log.jsonl holds a line of JSON an epoch and every 60 steps: the mean loss terms, lr, speed and,
+# at an
 # epoch's end, the collapse metrics of each part
 def test_the_lines_of_the_log(base, data, tmp_path, monkeypatch):
     metrics = ("entropy", "kl_uniform", "std", "rank", "own", "other_view", "other_image")
@@ -1130,7 +1136,8 @@ def test_without_fcntl(data, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and checkpoint(tmp_path / "run")["training"]["step"] == 3, done
 
-# claim 17: train/ and val/ must have the same classes; links in a circle and runs inside a folder of images do no harm
+# claim 17: train/ and val/ must have the same classes; links in a circle and runs inside a folder of images
+# do no harm
 def test_folders_of_images(labelled, data, tmp_path):
     some = shutil.copytree(labelled, tmp_path / "some")
     shutil.rmtree(some / "val" / "a")
@@ -1284,7 +1291,8 @@ def test_two_processes_refuse_a_used_folder(base, data, tmp_path):
     assert codes[0] == 2 and codes[1] not in (None, 0) and "holds a run" in (tmp_path / "said.0").read_text()
     assert {f: f.stat().st_mtime_ns for f in base.iterdir()} == before
 
-# claim 21: one process at a time writes to a folder; a second gets a sentence, until the first ends or is killed
+# claim 21: one process at a time writes to a folder; a second gets a sentence, until the first ends or is
+# killed
 def test_a_second_process_in_the_same_folder_is_refused(data, tmp_path, capsys, monkeypatch):
     run = tmp_path / "run"
     p = start(flags(run, data=data, epochs=200), tmp_path / "said")
@@ -1405,7 +1413,8 @@ def test_images_of_every_mode_are_read_in_their_colours(tmp_path):
     for name, image, colour in [
             ("cmyk.jpg", rgb.convert("CMYK"), orange), ("palette.png", rgb.quantize(4), orange),
             ("grey.jpg", rgb.convert("L"), luma), ("grey alpha.png", rgb.convert("LA"), luma),
-            ("alpha.png", Image.new("RGBA", (60, 40), (*orange, 0)), orange), ("größe ✓.jpg", rgb, orange),
+            ("alpha.png", Image.new("RGBA", (60, 40), (*orange, 0)), orange),
+            ("größe ✓.jpg", rgb, orange),
             ("one bit.png", Image.new("1", (60, 40), 1), (255, 255, 255)), ("16 bit.png", deep, luma),
             ("16 bit.tif", deep, luma), ("narrow.png", rgb.resize((1, 500)), orange)]:
         image.save(tmp_path / name)
@@ -1765,7 +1774,8 @@ NET --visualize x > ViT
 BARE > backbone.pt
 OLD --out OLD > eval.json"""
 
-# claim 30: a wrong evaluation, or an option that would be ignored, is one sentence, exit code 2, nothing written
+# claim 30: a wrong evaluation, or an option that would be ignored, is one sentence, exit code 2, nothing
+# written
 def test_wrong_evaluations_are_refused(tmp_path, capsys):
     data = labelled_pictures(tmp_path / "data", 2, 2)
     untrained(tmp_path / "RUN", data)
@@ -1914,7 +1924,8 @@ def test_davis_reads_the_layout_of_the_data_set(tmp_path):
     saved = sections(tmp_path / "run")["davis"]
     assert 0 < saved["J mean"] <= 1 and len(saved["videos"]["toy"]) == 2
 
-# claim 32: --visualize draws an image, components of its parts and attention at four turns, each with its title
+# claim 32: --visualize draws an image, components of its parts and attention at four turns, each with its
+# title
 def test_visualize_writes_a_titled_row_for_each_map(tmp_path):
     data, folder = labelled_pictures(tmp_path / "data"), untrained(tmp_path / "run")
     assert evaluate(folder, "--visualize", data / "train" / "a" / "00.jpg") == 0
