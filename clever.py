@@ -1358,7 +1358,7 @@ def train(cfg):
                 words = [f"{name} {line[name]:.4f}" for name in t.sums]
                 told = "  ".join([f"epoch {line['epoch']:.2f}/{cfg.epochs}", *words,
                                   f"{line['images_per_second']:.0f} images/s"])
-                bar.set_description(f"epoch {line['epoch']:.2f}, loss {line['loss']:.3f}", refresh=False)
+                bar.set_description("  ".join([f"epoch {line['epoch']:.2f}", *words[-1:]]), refresh=False)
                 if place == 0:
                     data.name_bad()
                     metrics, alarms = look(t)
