@@ -1,7 +1,8 @@
 """The pictures of assets/results.md, from the runs that its commands make. Needs matplotlib.
 
-    python assets/figures.py        in the folder that holds runs/; writes assets/robustness.png (section 3) and
-                                    assets/regulariser.png (section 2), each where its runs are there
+    python assets/figures.py        in the folder that holds runs/
+
+Writes assets/robustness.png (section 3) and assets/regulariser.png (section 2), each where its runs are there.
 """
 import json
 from pathlib import Path
@@ -34,8 +35,10 @@ def finish(figure, axes, path):
 
 # 3. Robustness of the runs of section 1
 figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-for ax, kind, title in zip(axes, ("rot", "elastic"), ("rotation in degrees", "strength α of the elastic deformation")):
-    for run, label in (("dino-baug", "DINO, BAug"), ("dino-caug", "DINO, CAug"), ("clever-caug", "CLeVER, CAug")):
+AXES = {"rot": "rotation in degrees", "elastic": "strength α of the elastic deformation"}
+RUNS = {"dino-baug": "DINO, BAug", "dino-caug": "DINO, CAug", "clever-caug": "CLeVER, CAug"}
+for ax, (kind, title) in zip(axes, AXES.items()):
+    for run, label in RUNS.items():
         curves = []
         for path in sorted(Path("runs").glob(f"c-{run}-?/eval.json")):
             for section in json.loads(path.read_text()).values():
@@ -43,14 +46,16 @@ for ax, kind, title in zip(axes, ("rot", "elastic"), ("rotation in degrees", "st
                     curves.append(section["linear all"])
         if curves:
             kinds = [name for name in curves[0] if name.startswith(kind)]
-            band(ax, [float(name.split("=")[1]) for name in kinds], [[c[name][0] for name in kinds] for c in curves], label)
+            x = [float(name.split("=")[1]) for name in kinds]
+            band(ax, x, [[curve[name][0] for name in kinds] for curve in curves], label)
     ax.set_xlabel(title)
 axes[0].set_ylabel("linear probe, top-1, %")
 finish(figure, axes, "assets/robustness.png")
 
 # 2. The regulariser
 figure, axes = plt.subplots(1, 4, figsize=(11, 3.4))
-PANELS = {"L_Orth": "L_Orth", "EF_entropy": "entropy of the EF teacher", "EF_rank": "effective rank of EF", "L_PReg": "L_PReg"}
+PANELS = {"L_Orth": "L_Orth", "EF_entropy": "entropy of the EF teacher", "EF_rank": "effective rank of EF",
+          "L_PReg": "L_PReg"}
 for ax, (key, title) in zip(axes, PANELS.items()):
     for run in ("1-0.001", "1-0", "1-0.01", "0-0.001"):
         logs = []

@@ -29,7 +29,7 @@ def read(path):
 
 
 def draw(ax, lines, key, **style):
-    """A curve of the lines that have the key: the losses have more of them than what is measured each epoch."""
+    """A curve of the lines that have the key: losses have more of them than what an epoch's end measures."""
     have = [line for line in lines if key in line]
     if have:
         marker = "." if len(have) < 30 else ""

@@ -19,7 +19,7 @@ def last_epochs(pattern):
 
 
 def probes(pattern):
-    """The quick linear and k-NN probes of each runs/<pattern>/eval.json: {"linear all": {"orig": [top-1, top-5]}}."""
+    """The probes of each runs/<pattern>/eval.json: {"linear all": {"orig": [top-1, top-5]}}."""
     found = []
     for sections in read_json(f"{pattern}/eval.json"):
         found += [numbers for name, numbers in sections.items() if name.startswith("probes")][:1]
@@ -45,8 +45,9 @@ def table(head, rows):
 
 # 1. CLeVER against DINO on CIFAR-10
 rows = []
-for name, pattern in (("untrained", "untrained-?"), ("DINO, BAug", "c-dino-baug-?"), ("CLeVER, BAug", "c-clever-baug-?"),
-                      ("DINO, CAug", "c-dino-caug-?"), ("CLeVER, CAug", "c-clever-caug-?")):
+RUNS = {"untrained": "untrained-?", "DINO, BAug": "c-dino-baug-?", "CLeVER, BAug": "c-clever-baug-?",
+        "DINO, CAug": "c-dino-caug-?", "CLeVER, CAug": "c-clever-caug-?"}
+for name, pattern in RUNS.items():
     runs = probes(pattern)
     for part in ("all", "IR", "EF"):
         if runs and f"linear {part}" in runs[0]:
@@ -58,13 +59,14 @@ for name, pattern in (("untrained", "untrained-?"), ("DINO, BAug", "c-dino-baug-
 table(["", "part", "linear orig", "linear cj+rot", "k-NN orig", "k-NN cj+rot"], rows)
 
 # 2. The regulariser: patterns, then CIFAR-10
-LOGGED = {"L_CL": 2, "L_Orth": 3, "L_PReg": 3, "IR_entropy": 2, "IR_rank": 1, "EF_entropy": 2, "EF_std": 2, "EF_rank": 1,
-          "EF_own": 4, "EF_other_view": 4, "EF_other_image": 4}  # key: digits
+LOGGED = {"L_CL": 2, "L_Orth": 3, "L_PReg": 3, "IR_entropy": 2, "IR_rank": 1, "EF_entropy": 2, "EF_std": 2,
+          "EF_rank": 1, "EF_own": 4, "EF_other_view": 4, "EF_other_image": 4}  # key: digits
 rows = []
 for orth in ("1", "0"):
     for reg in ("0", "0.001", "0.01"):
         runs = last_epochs(f"r-{orth}-{reg}-?")
-        after = [report["after"]["k-NN, rotated"]["IR"] for report in read_json(f"r-{orth}-{reg}-?/compare.json")]
+        reports = read_json(f"r-{orth}-{reg}-?/compare.json")
+        after = [report["after"]["k-NN, rotated"]["IR"] for report in reports]
         if runs:
             cells = [cell([run[key] for run in runs], digits) for key, digits in LOGGED.items()]
             rows.append([orth, reg, *cells, cell(after)])

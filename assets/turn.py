@@ -1,8 +1,8 @@
 """Another loss for EF, an example of a fork: `python assets/turn.py [options of clever.py]`.
 
 L_Orth is content with an EF that ignores the view. Here the K' outputs of h_EF are the coordinates of K'/2
-points of a plane. If a view was rotated, its points shall be: turned back by the angle, which the augmentation
-knows, the outputs of all views of an image must agree, over the pairs of L_Orth:
+points of a plane. If a view was rotated, its points shall be: turned back by the angle, which the
+augmentation knows, the outputs of all views of an image must agree, over the pairs of L_Orth:
 
     L_Turn = mean of 1 - cos(R(-angle_i) e_i, R(-angle_j) e_j)      e_i of the teacher, e_j of the student
 
