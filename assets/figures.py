@@ -2,7 +2,7 @@
 
     python assets/figures.py        in the folder that holds runs/
 
-Writes assets/robustness.png (section 3) and assets/regulariser.png (section 2), each where its runs are there.
+Writes assets/robustness.png (section 3) and assets/regulariser.png (section 2), where their runs are there.
 """
 import json
 from pathlib import Path
