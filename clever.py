@@ -20,7 +20,8 @@ by gradient from a teacher, which is the moving average of the student (DINO, ar
     L      = L_CL + lambda_orth L_Orth + lambda_reg L_PReg
 
 Without the split this is DINO, `--method dino`: L = L_CL.
-Letters in comments: B images, V views of each, G of them global, D features, K prototypes, N rows, n tokens.
+Letters in comments: B images, stored as squares of S pixels, V views of each, G of them global, D features,
+K prototypes, N rows, n tokens.
 """
 import argparse
 import dataclasses
@@ -30,26 +31,26 @@ import math
 import os
 import random
 import shlex
-import shutil
 import signal
 import struct
 import sys
 import time
 import traceback
 from collections import OrderedDict
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
+import torchvision.transforms.functional as TF
 from filelock import FileLock, Timeout
-from PIL import Image, ImageOps
+from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
-from torchvision.ops import Permute, StochasticDepth
+from torchvision.ops import Permute
 from tqdm import tqdm
 
 # ======== 1. The representation: z = f(v) is split in two, each part has a projection head
@@ -62,7 +63,7 @@ def split(z, ratio):
     return z[..., :d], z[..., d:]
 
 class ProjectionHead(nn.Module):
-    """h: features (..., in_dim) -> logits (..., out_dim), the cosines to out_dim prototypes (DINO)."""
+    """h: features (..., in_dim) -> float32 logits (..., out_dim), cosines to out_dim prototypes (DINO)."""
 
     def __init__(self, in_dim, out_dim=65536, hidden_dim=2048, bottleneck_dim=256):
         super().__init__()
@@ -86,6 +87,8 @@ class CLeVER(nn.Module):
         self.ratio = cfg.ratio
         self.backbone = build_backbone(cfg.arch, cfg.global_size, drop_path)
         z_ir, z_ef = split(torch.empty(self.backbone.embed_dim), self.ratio)
+        if cfg.method == "clever" and 0 in (len(z_ir), len(z_ef)):
+            raise UserError(f"--ratio {cfg.ratio} leaves nothing to IR or to EF; take one nearer to 0.8")
         self.heads = nn.ModuleList([ProjectionHead(len(z_ir), cfg.out_dim, cfg.hidden_dim)])
         if len(z_ef) > 0:
             self.heads.append(ProjectionHead(len(z_ef), cfg.ef_out_dim or cfg.out_dim, cfg.hidden_dim))
@@ -95,8 +98,8 @@ class CLeVER(nn.Module):
         z = [None] * len(views)
         for size in sorted({view.shape[-1] for view in views}):
             same = [i for i, view in enumerate(views) if view.shape[-1] == size]
-            images = torch.stack([views[i] for i in same], 1)  # (B, n, 3, h, w), by image: see `drop_path`
-            features = self.backbone(images.flatten(0, 1))  # (B * n, D)
+            images = torch.stack([views[i] for i in same], 1)  # (B, same, 3, h, w), see `stochastic_depth`
+            features = self.backbone(images.flatten(0, 1))  # (B * same, D)
             for k, i in enumerate(same):
                 z[i] = features[k::len(same)]  # (B, D)
         return torch.stack(z)
@@ -109,18 +112,13 @@ class CLeVER(nn.Module):
         """V views (B, 3, h, w) -> (ir_logits, ef_logits); DINO has the first alone."""
         return self.project(self.embed(views))
 
-
 # ======== 2. The losses (paper, section 3.3): pure functions of logits and parameters
 
 STUDENT_TEMP = 0.1
 
-def wide(x):
-    """Half precision to float32, for losses and metrics; float32 and float64 stay."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
 def sharpen(teacher, centre, temp=0.04):
     """P = softmax((logits - c) / temp) of the teacher, without gradient: (..., K) -> (..., K)."""
-    return F.softmax((wide(teacher.detach()) - centre) / temp, dim=-1)
+    return F.softmax((teacher.detach() - centre) / temp, dim=-1)
 
 def mean_over_pairs(terms):
     """The mean over the global views i and all views j != i of an image: terms (G, V, B) -> scalar."""
@@ -133,7 +131,7 @@ def invariance_loss(student, teacher, centre, student_temp=STUDENT_TEMP, teacher
 
     student (V, B, K) and teacher (G, B, K): logits of h_IR, the global views first; centre c (K,)."""
     P = sharpen(teacher, centre, teacher_temp)
-    log_Q = F.log_softmax(wide(student) / student_temp, dim=-1)
+    log_Q = F.log_softmax(student / student_temp, dim=-1)
     cross_entropy = -torch.einsum("gbk,vbk->gvb", P, log_Q)
     return mean_over_pairs(cross_entropy)
 
@@ -143,16 +141,15 @@ def orthogonality_loss(student, teacher, centre, student_temp=STUDENT_TEMP, teac
     The arguments are those of `invariance_loss`, of h_EF. Softmaxes are not negative, so that the
     paper's absolute value changes nothing."""
     P = sharpen(teacher, centre, teacher_temp)
-    Q = F.softmax(wide(student) / student_temp, dim=-1)
+    Q = F.softmax(student / student_temp, dim=-1)
     product = torch.einsum("gbk,vbk->gvb", P, Q)
     cosine = product / (P.norm(dim=-1)[:, None] * Q.norm(dim=-1))  # (G, V, B) / ((G, 1, B) * (V, B))
     return mean_over_pairs(cosine.abs())
 
 def projector_regularization(head_ir, head_ef):
     """L_PReg, the difference of the heads' sums of squared parameters: neither head wins by growing."""
-    # row by row: a norm of millions of parameters at once would be off in float32
-    ir = sum(p.norm(dim=-1).square().sum() for p in head_ir.parameters())
-    ef = sum(p.norm(dim=-1).square().sum() for p in head_ef.parameters())
+    ir = sum(p.square().sum() for p in head_ir.parameters())
+    ef = sum(p.square().sum() for p in head_ef.parameters())
     return (ir - ef).abs()
 
 def clever_loss(cfg, student, teacher, centres, heads):
@@ -166,7 +163,6 @@ def clever_loss(cfg, student, teacher, centres, heads):
     L_PReg = projector_regularization(heads[0], heads[1])
     loss = L_CL + cfg.lambda_orth * L_Orth + cfg.lambda_reg * L_PReg
     return dict(L_CL=L_CL, L_Orth=L_Orth, L_PReg=L_PReg, loss=loss)
-
 
 # ======== 3. One training step
 
@@ -182,51 +178,48 @@ def train_step(t, views, step):
     t.optimizer.param_groups[0]["weight_decay"] = t.weight_decay[step]  # group 1 has none
 
     # 1. The teacher sees the global views alone.
-    with torch.no_grad(), autocast(t.device, t.dtype):
+    with torch.no_grad(), autocast(t.device, cfg.precision):
         z = t.teacher.embed(views[:2])  # (G, B, D)
-        teacher = t.teacher.project(z)  # (G, B, K), (G, B, K')
+        teacher_logits = t.teacher.project(z)  # (G, B, K), (G, B, K')
 
     # 2. The student sees all views.
-    with autocast(t.device, t.dtype):
-        student = t.ddp(views)  # (V, B, K), (V, B, K')
+    with autocast(t.device, cfg.precision):
+        student_logits = t.ddp(views)  # (V, B, K), (V, B, K')
 
     # 3. The losses, in float32; gradients, which DDP averages over the processes.
-    terms = t.loss(cfg, student, teacher, [head.centre for head in t.teacher.heads], t.student.heads)
+    centres = [head.centre for head in t.teacher.heads]
+    terms = t.loss(cfg, student_logits, teacher_logits, centres, t.student.heads)
     t.optimizer.zero_grad()
-    t.scaler.scale(terms["loss"]).backward()
+    terms["loss"].backward()
 
     # 4. The student's step: each parameter's gradient is clipped on its own; prototypes rest at first.
-    t.scaler.unscale_(t.optimizer)
     for p in t.student.parameters():
         nn.utils.clip_grad_norm_(p, CLIP)
     if step < cfg.freeze_epochs * t.steps_per_epoch:
         for head in t.student.heads:
             head.prototypes.weight.grad = None
-    t.scaler.step(t.optimizer)
-    t.scaler.update()
+    t.optimizer.step()
 
     # 5. The teacher follows the student, the centres follow the teacher's logits.
     with torch.no_grad():
         for slow, fast in zip(t.teacher.parameters(), t.student.parameters()):
             slow.lerp_(fast, 1 - t.momentum[step])
-        for head, logits in zip(t.teacher.heads, teacher):
+        for head, logits in zip(t.teacher.heads, teacher_logits):
             mean = logits.mean((0, 1), dtype=head.centre.dtype)  # (K,)
             head.centre.lerp_(mean_over_processes(mean), 1 - CENTRE_MOMENTUM)
     if (step + 1) % t.steps_per_epoch == 0:  # what `collapse_metrics` looks at
-        t.last = z, teacher, [logits[:2].detach().clone() for logits in student]
+        t.last = z, teacher_logits, [logits[:2].detach().clone() for logits in student_logits]
     return {name: term.detach() for name, term in terms.items()}
-
 
 # ======== 4. The recipe: the defaults are the paper's; smaller data changes some of them
 
 CLIP = 3.0  # largest norm of a parameter's gradient
 CENTRE_MOMENTUM = 0.9
 MIN_LR = 1e-6  # at the end of the cosine
-ANY = (-math.inf, math.inf)
 
-def option(default, help, range=ANY, choices=None):
-    """A field of `Config`: its default, its help, and the numbers or words that it may be."""
-    return dataclasses.field(default=default, metadata=dict(help=help, range=range, choices=choices))
+def option(default, help, *allowed):
+    """A field of `Config`: its default, its help, and the lowest and highest number, or words, allowed."""
+    return dataclasses.field(default=default, metadata=dict(help=help, allowed=allowed))
 
 @dataclasses.dataclass
 class Config:
@@ -235,49 +228,69 @@ class Config:
     data: str = option("patterns", "patterns, cifar10, cifar100 or a folder: train/<class>/* and "
                        "val/<class>/*, or images anywhere below it")
     out: str = option("", "folder of the run; empty: runs/<data>-<method>-<aug>-<time>")
-    recipe: str = option("auto", "defaults of the other options; auto: paper for a folder, else what fits",
-                         choices=("auto", "paper", "small", "cifar", "demo"))
-    workers: int = option(-1, "processes that decode images; -1: one a core", (-1, 1024))
+    recipe: str = option("paper", "of the other defaults: paper, small, cifar, demo; or what fits the data",
+                         "paper", "small", "cifar", "demo")
+    workers: int = option(-1, "processes that decode images; -1: one a core, 16 at most", -1, 1024)
     # method
-    method: str = option("clever", "dino: the baseline, without the split", choices=("clever", "dino"))
-    ratio: float = option(0.8, "rho: the first int(rho * D) features are IR, the others EF", (0, 1))
-    lambda_orth: float = option(1.0, "weight of L_Orth", (0, 1e6))
-    lambda_reg: float = option(0.001, "weight of L_PReg", (0, 1e6))
-    arch: str = option("vit_tiny", "vit_micro, vit_tiny, vit_small, vit_base, vmamba_tiny, or a "
-                       "convolutional network of torchvision by its name there, such as resnet50")
-    out_dim: int = option(65536, "K, prototypes of the IR head", (2, 1e7))
-    ef_out_dim: int = option(0, "K', prototypes of the EF head; 0: as many as the IR head", (0, 1e7))
-    hidden_dim: int = option(2048, "width of the heads' hidden layers", (1, 1e6))
-    teacher_temp: float = option(0.04, "of the teacher's softmax; less if it is uniform", (1e-4, 10))
-    momentum: float = option(0.996, "of the teacher at the start, cosine to 1; less for short runs", (0, 1))
+    method: str = option("clever", "clever, or dino: the baseline, without the split", "clever", "dino")
+    ratio: float = option(0.8, "rho: the first int(rho * D) features are IR, the others EF", 0, 1)
+    lambda_orth: float = option(1.0, "weight of L_Orth", 0, 1e6)
+    lambda_reg: float = option(0.001, "weight of L_PReg", 0, 1e6)
+    arch: str = option("vit_tiny", "vit_micro, vit_tiny, vit_small, vit_base, resnet18, resnet34, resnet50, "
+                       "resnet101, vmamba_tiny")
+    out_dim: int = option(65536, "K, prototypes of the IR head", 2, 1e7)
+    ef_out_dim: int = option(0, "K', prototypes of the EF head; 0: as many as the IR head", 0, 1e7)
+    hidden_dim: int = option(2048, "width of the heads' hidden layers", 1, 1e6)
+    teacher_temp: float = option(0.04, "of the teacher's softmax; less if it is uniform", 1e-4, 10)
+    momentum: float = option(0.996, "of the teacher at first, cosine to 1; less for short runs", 0, 1)
     # views
     aug: str = option("caug", "baug: crops and colours; caug: and rotation; caug+: and elastic deformation",
-                      choices=("baug", "caug", "caug+"))
-    global_size: int = option(224, "side of the 2 global views in pixels", (8, 4096))
-    local_size: int = option(96, "side of the local views in pixels", (8, 4096))
-    local_views: int = option(8, "number of local views", (0, 100))
-    global_scale: tuple = option((0.4, 1.0), "area of a global view as a fraction of the image", (1e-4, 1))
-    local_scale: tuple = option((0.05, 0.4), "area of a local view as a fraction of the image", (1e-4, 1))
+                      "baug", "caug", "caug+")
+    global_size: int = option(224, "side of the 2 global views in pixels", 8, 4096)
+    local_size: int = option(96, "side of the local views in pixels", 8, 4096)
+    local_views: int = option(8, "number of local views", 0, 100)
+    global_scale: tuple = option((0.4, 1.0), "area of a global view as a fraction of the image", 1e-4, 1)
+    local_scale: tuple = option((0.05, 0.4), "area of a local view as a fraction of the image", 1e-4, 1)
     # optimisation
-    epochs: int = option(200, "passes over the data; the first tenth, 10 at most, warms up", (1, 1e6))
-    batch: int = option(512, "images a step, over all processes", (1, 1e6))
-    lr: float = option(5e-4, "peak learning rate for 256 images a step; scaled by batch / 256", (1e-9, 100))
-    weight_decay: tuple = option((0.04, 0.4), "at the start, at the end; none on biases and norms", (0, 100))
-    freeze_epochs: int = option(1, "epochs with frozen prototypes; more if the loss does not fall", (0, 1e6))
-    drop_path: float = option(0.1, "stochastic depth of the student's last block, 0 at its first", (0, 0.99))
+    epochs: int = option(200, "passes over the data; the first tenth, 10 at most, warms up", 1, 1e6)
+    batch: int = option(512, "images a step, over all processes", 1, 1e6)
+    lr: float = option(5e-4, "peak learning rate for 256 images a step; scaled by batch / 256", 1e-9, 100)
+    weight_decay: tuple = option((0.04, 0.4), "at the start, at the end; none on biases and norms", 0, 100)
+    freeze_epochs: int = option(1, "epochs with frozen prototypes; more if the loss does not fall", 0, 1e6)
+    drop_path: float = option(0.1, "stochastic depth of the student's last block, 0 at its first", 0, 0.99)
     # run
-    seed: int = option(0, "of everything random", (0, 2 ** 62))
-    precision: str = option("auto", "of the networks; auto: fp32 on a CPU, bf16 on a GPU",
-                            choices=("auto", "bf16", "fp16", "fp32"))
+    seed: int = option(0, "of everything random", 0, 2 ** 62)
+    precision: str = option("auto", "of the networks: fp32, bf16; auto: bf16 on a GPU, fp32 on a CPU",
+                            "auto", "fp32", "bf16")
     compile: bool = option(False, "torch.compile the networks and the losses")
-    deterministic: bool = option(False, "bit-identical reruns on a GPU too (slower); a CPU does not need it")
-    save_every: float = option(15.0, "minutes between checkpoints; each epoch ends with one", (1e-6, 1e6))
     resume: bool = option(False, "go on with the run in --out")
-    profile: int = option(0, "time so many steps instead of training", (0, 1e6))
 
     def __post_init__(self):
+        """Raises UserError for a value that is not allowed."""
         if self.method == "dino":
             self.ratio = 1.0
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            allowed = field.metadata["allowed"]
+            if field.type is tuple:
+                value = tuple(value)  # argparse and JSON have lists
+                setattr(self, field.name, value)
+            if not isinstance(value, (int, float) if field.type is float else field.type):
+                raise UserError(f"{flag(field.name)} {value!r} must be of type {field.type.__name__}")
+            if field.type is str and allowed and value not in allowed:
+                raise UserError(f"{flag(field.name)} {value} is unknown; expected {', '.join(allowed)}")
+            if field.type in (int, float, tuple):
+                low, high = allowed
+                first, last = value if field.type is tuple else (value, value)
+                if not (low <= first <= high and low <= last <= high):
+                    raise UserError(f"{flag(field.name)} {value} must be between {low} and {high}")
+        patch = VIT.get(self.arch, {}).get("patch_size", 1)
+        if self.global_size % patch or self.local_size % patch:
+            raise UserError(f"--global-size and --local-size must be multiples of {patch}, the patch's side")
+
+def flag(name):
+    """The command-line spelling of a field of `Config`."""
+    return "--" + name.replace("_", "-")
 
 # what smaller data changes of the paper's recipe
 RECIPES = dict(
@@ -291,11 +304,9 @@ RECIPES = dict(
               local_scale=(0.2, 0.5), hidden_dim=512, out_dim=1024, teacher_temp=0.03,
               epochs=14, batch=64, lr=2e-3, freeze_epochs=14))  # frozen throughout
 RECIPE_OF = dict(patterns="demo", cifar10="cifar", cifar100="cifar")  # a folder: the paper's
-MAY_CHANGE = ("out", "workers", "save_every", "resume", "profile")  # when a run is resumed
 
 class UserError(Exception):
     """A wrong input, in one sentence: what is wrong, what was expected, what to do. Exit code 2."""
-
 
 # ======== 5. The views: geometric augmentations are changes of coordinates; compose them, sample once
 
@@ -332,17 +343,18 @@ def warp(images, size, box, flip, angle, shift=None):
     # flip
     x = torch.where(flip[:, None, None], -x, x)
     # crop
-    cx, cy, hx, hy = box.to(images.dtype)[:, :, None, None].unbind(1)  # each (B, 1, 1)
+    cx, cy, hx, hy = box[:, :, None, None].unbind(1)  # each (B, 1, 1)
     grid = torch.stack([cx + hx * x, cy + hy * y], -1)  # (B, size, size, 2)
     view = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return view * inside[:, None]
 
-def crop_box(area, ratio, place, aspect):
+def crop_box(area, shape, place, aspect):
     """Boxes of random resized crops by torchvision's rule, ten tries and then the centre: (B, 4) for `warp`.
 
-    area, ratio (B, 10): of the tries; place (B, 2): x, y; aspect (B,): width / height of the original."""
-    w = (area * ratio / aspect[:, None]).sqrt()  # (B, 10), as a fraction of the width
-    h = (area / ratio * aspect[:, None]).sqrt()  # (B, 10), of the height
+    area, shape (B, 10): of the tries; place (B, 2): x, y; aspect (B,): of the original. Shape and aspect are
+    width / height."""
+    w = (area * shape / aspect[:, None]).sqrt()  # (B, 10), as a fraction of the width
+    h = (area / shape * aspect[:, None]).sqrt()  # (B, 10), of the height
     fits = (w <= 1) & (h <= 1)
     first = fits.int().argmax(1, keepdim=True)  # (B, 1)
     found = fits.any(1, keepdim=True)  # (B, 1)
@@ -373,10 +385,6 @@ def elastic_shift(noise, alpha, sigma):
     smooth = gaussian_matrix(size, sigma, radius)
     return (smooth @ noise @ smooth.mT).permute(0, 2, 3, 1) * (alpha / size)  # (B, s, s, 2)
 
-def gray(x):
-    """Luma of RGB images: (B, 3, h, w) -> (B, 1, h, w)."""
-    return (0.2989 * x[:, 0] + 0.587 * x[:, 1] + 0.114 * x[:, 2])[:, None]
-
 def shift_hue(x, turn):
     """Turn the hue of images (B, 3, h, w) by turn (B,) of a circle, as torchvision's adjust_hue."""
     r, g, b = x.unbind(1)  # each (B, h, w)
@@ -403,9 +411,9 @@ def color_jitter(x, brightness, contrast, saturation, hue, order=(0, 1, 2, 3)):
         if operation == 0:
             x = blend(torch.zeros_like(x), x, brightness)
         elif operation == 1:
-            x = blend(gray(x).mean((1, 2, 3), keepdim=True), x, contrast)
+            x = blend(TF.rgb_to_grayscale(x).mean((1, 2, 3), keepdim=True), x, contrast)
         elif operation == 2:
-            x = blend(gray(x), x, saturation)
+            x = blend(TF.rgb_to_grayscale(x), x, saturation)
         else:
             x = shift_hue(x, hue)
     return x
@@ -415,15 +423,13 @@ def normalize(x):
     return torch.stack([(x[:, c] - MEAN[c]) / STD[c] for c in range(3)], 1)
 
 class MultiCrop(nn.Module):
-    """V views of each image, 2 global and then local ones, made on the batch, on its device (section 4).
+    """V views of each image, 2 global, then local ones, made on the batch, on its device (paper, section 4).
 
     All random numbers are a function of (seed, step), drawn for the global batch and sliced by rank."""
 
-    def __init__(self, cfg, rank=0, world=1):
+    def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.rank = rank
-        self.world = world
 
     @torch.no_grad()
     def forward(self, images, aspect, step):
@@ -433,19 +439,19 @@ class MultiCrop(nn.Module):
         images = images.to(torch.float32) / 255
         views = []
         for view in range(2 + self.cfg.local_views):
-            order = orders.sample(range(4), 4)
-            views.append(self.make_view(images, aspect, view, gen, order))
+            views.append(self.make_view(images, aspect, view, gen, orders.sample(range(4), 4)))
         return views
 
     def make_view(self, images, aspect, view, gen, order):
         """View number `view` of images (B, 3, S, S) in [0, 1], normalised: (B, 3, size, size)."""
         cfg = self.cfg
         B = len(images)
+        rank, world = distributed()
         size = cfg.global_size if view < 2 else cfg.local_size
 
         def uniform(low, high, *shape):
-            draws = torch.rand(B * self.world, *shape, generator=gen, device=gen.device)
-            return low + (high - low) * draws[self.rank * B:(self.rank + 1) * B]  # (B, *shape)
+            draws = torch.rand(B * world, *shape, generator=gen, device=gen.device)
+            return low + (high - low) * draws[rank * B:(rank + 1) * B]  # (B, *shape)
 
         def chance(p):
             return uniform(0, 1) < p  # (B,)
@@ -455,8 +461,8 @@ class MultiCrop(nn.Module):
 
         # geometry: crop, flip, rotation, elastic deformation, in one warp
         area = uniform(*(cfg.global_scale if view < 2 else cfg.local_scale), 10)
-        ratio = uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()
-        box = crop_box(area, ratio, uniform(0, 1, 2), aspect)
+        shape = uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()
+        box = crop_box(area, shape, uniform(0, 1, 2), aspect)
         flip = chance(0.5)
         angle = uniform(-90, 90) * (cfg.aug != "baug")
         shift = None
@@ -471,18 +477,17 @@ class MultiCrop(nn.Module):
         saturation = torch.where(jitter, uniform(0.8, 1.2), 1)
         hue = torch.where(jitter, uniform(-0.1, 0.1), 0)
         x = color_jitter(x, brightness, contrast, saturation, hue, order)
-        x = where(chance(0.2), gray(x), x)
-        scale = cfg.global_size / 224  # small images are hardly blurred
-        sigma = torch.where(chance((1.0, 0.1, 0.5)[min(view, 2)]), uniform(0.1, 2.0) * scale, 1e-3)
-        radius = min(math.ceil(6 * scale), size - 1)  # 3 of the largest sigma
+        x = where(chance(0.2), TF.rgb_to_grayscale(x), x)
+        shrink = cfg.global_size / 224  # small images are hardly blurred
+        sigma = torch.where(chance((1.0, 0.1, 0.5)[min(view, 2)]), uniform(0.1, 2.0) * shrink, 1e-3)
+        radius = min(math.ceil(6 * shrink), size - 1)  # 3 of the largest sigma
         blur = gaussian_matrix(size, sigma, radius)[:, None]  # (B, 1, size, size)
         x = blur @ x @ blur.mT
         if view == 1:
             x = where(chance(0.2), torch.where(x >= 0.5, 1 - x, x), x)
         return normalize(x)
 
-
-# ======== 6. The backbones: parameters are named as in timm and DINO (ViT), torchvision and VMamba's own code
+# ======== 6. The backbones: parameters have the names of timm and DINO (ViT), torchvision (ResNet) and VMamba
 
 def init_linear(module, std=0.02):
     """Truncated-normal weights and zero biases in all linear layers of a module."""
@@ -492,16 +497,20 @@ def init_linear(module, std=0.02):
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
 
-def drop_path(x, rate, training):
-    """Stochastic depth by row of x (N, ...): a residual branch is dropped with probability `rate`.
+def mlp(dim):
+    """The two linear layers of a block: (..., dim) -> (..., dim)."""
+    return nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
+
+def stochastic_depth(x, rate, training):
+    """Drops a residual branch x (N, ...) with probability `rate`, row by row.
 
     Drawn for the rows of all processes, so that it does not depend on how many they are."""
     if rate == 0 or not training:
         return x
     rank, world = distributed()
     draws = torch.rand(world, len(x), device=x.device)[rank]  # (N,)
-    keep = (draws >= rate).to(x.dtype) / (1 - rate)
-    return x * keep.view(-1, *[1] * (x.dim() - 1))
+    kept = (draws >= rate).to(x.dtype)
+    return x / (1 - rate) * kept.view(-1, *[1] * (x.dim() - 1))
 
 class Attention(nn.Module):
     """Multi-head self-attention: (N, n, D) -> (N, n, D)."""
@@ -513,14 +522,14 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def queries_keys_values(self, x):
-        """Three tensors (N, h, n, D/h) from tokens (N, n, D)."""
-        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (N, n, 3, h, D/h)
+        """Three tensors (N, heads, n, D/heads) from tokens (N, n, D)."""
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (N, n, 3, heads, D/heads)
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
     def forward(self, x):
         q, k, v = self.queries_keys_values(x)
-        x = F.scaled_dot_product_attention(q, k, v)  # (N, h, n, D/h)
-        return self.proj(x.transpose(1, 2).flatten(2))  # (N, n, h, D/h) -> (N, n, D)
+        x = F.scaled_dot_product_attention(q, k, v)  # (N, heads, n, D/heads)
+        return self.proj(x.transpose(1, 2).flatten(2))  # (N, n, heads, D/heads) -> (N, n, D)
 
 class Block(nn.Module):
     """Pre-norm transformer block with stochastic depth: (N, n, D) -> (N, n, D)."""
@@ -531,13 +540,11 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        fc1 = nn.Linear(dim, 4 * dim)
-        fc2 = nn.Linear(4 * dim, dim)
-        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
+        self.mlp = mlp(dim)
 
     def forward(self, x):
-        x = x + drop_path(self.attn(self.norm1(x)), self.drop_path, self.training)
-        return x + drop_path(self.mlp(self.norm2(x)), self.drop_path, self.training)
+        x = x + stochastic_depth(self.attn(self.norm1(x)), self.drop_path, self.training)
+        return x + stochastic_depth(self.mlp(self.norm2(x)), self.drop_path, self.training)
 
 class VisionTransformer(nn.Module):
     """ViT (arXiv 2010.11929): images (N, 3, H, W), which the patch divides -> the CLS token (N, D)."""
@@ -549,8 +556,9 @@ class VisionTransformer(nn.Module):
         self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, embed_dim, patch_size, patch_size)))
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + (img_size // patch_size) ** 2, embed_dim))
-        rates = torch.linspace(0, drop_path, depth, device="cpu").tolist()
-        self.blocks = nn.ModuleList([Block(embed_dim, heads, rate) for rate in rates])
+        self.blocks = nn.ModuleList()
+        for i in range(depth):
+            self.blocks.append(Block(embed_dim, heads, drop_path * i / max(1, depth - 1)))
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         nn.init.trunc_normal_(self.cls_token, std=init_std)
         nn.init.trunc_normal_(self.pos_embed, std=init_std)
@@ -558,15 +566,12 @@ class VisionTransformer(nn.Module):
 
     def positions(self, h, w):
         """Position embeddings, interpolated to h x w patches: (1, h * w, D)."""
-        pos = self.pos_embed[:, 1:]  # (1, n, D)
-        side = math.isqrt(pos.shape[1])
-        if (h, w) == (side, side):
-            return pos
-        # interpolation as a matrix product: torch's own has no deterministic backward on a GPU
-        unit = torch.eye(side * side, dtype=pos.dtype, device=pos.device).view(1, -1, side, side)
-        weight = F.interpolate(unit, size=(h, w), mode="bicubic").flatten(2)  # (1, n, h * w)
-        with torch.autocast(pos.device.type, enabled=False):
-            return weight.mT @ pos
+        pos = self.pos_embed[:, 1:].mT  # (1, D, n)
+        side = math.isqrt(pos.shape[2])
+        if (h, w) != (side, side):
+            grid = pos.unflatten(2, (side, side))  # (1, D, side, side)
+            pos = F.interpolate(grid, (h, w), mode="bicubic").flatten(2)  # (1, D, h * w)
+        return pos.mT
 
     def tokens(self, x):
         """Images (N, 3, H, W) -> tokens (N, 1 + n, D), CLS first."""
@@ -587,10 +592,10 @@ class VisionTransformer(nn.Module):
     def get_last_selfattention(self, x):
         """Attention weights of the last block (N, heads, 1 + n, 1 + n); row 0 is the CLS token's."""
         x = self.tokens(x)
-        for block in self.blocks[:-1]:
+        *others, last = self.blocks
+        for block in others:
             x = block(x)
-        last = self.blocks[-1]
-        q, k, _ = last.attn.queries_keys_values(last.norm1(x))  # each (N, h, 1 + n, D/h)
+        q, k, _ = last.attn.queries_keys_values(last.norm1(x))  # each (N, heads, 1 + n, D/heads)
         return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
 
     def forward(self, x):
@@ -602,87 +607,58 @@ VIT = dict(  # with init_std 0.02 the blocks of the narrow vit_micro would be ne
     vit_small=dict(patch_size=16, embed_dim=384, depth=12, heads=6),
     vit_base=dict(patch_size=16, embed_dim=768, depth=12, heads=12))
 
-def torchvision_backbone(arch, img_size, drop_path):
-    """A network of torchvision without its last linear layer; drop path linear over depth, no dropout."""
-    if arch not in torchvision.models.list_models(torchvision.models):
-        raise ValueError("unknown")
-    net = torchvision.models.get_model(arch, weights=None)
-    residuals = [layer for layer in net.modules() if isinstance(layer, StochasticDepth)]
-    for layer, rate in zip(residuals, torch.linspace(0, drop_path, len(residuals), device="cpu").tolist()):
-        layer.p = rate
-    for layer in net.modules():
-        if isinstance(layer, nn.Dropout):
-            layer.p = 0.0
-    name, classifier = [(n, layer) for n, layer in net.named_modules() if isinstance(layer, nn.Linear)][-1]
-    net.set_submodule(name, nn.Identity())
-    net.embed_dim = classifier.in_features
-    if arch.startswith("resnet") and img_size <= 64:  # keep the resolution of small images
-        net.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
-        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
+
+def resnet(arch, img_size):
+    """torchvision's ResNet without its classifier; for small images a stem that keeps their resolution."""
+    net = torchvision.models.get_model(arch)
+    net.embed_dim = net.fc.in_features
+    net.fc = nn.Identity()
+    if img_size <= 64:
+        net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out")
         net.maxpool = nn.Identity()
     return net.to(memory_format=torch.channels_last)
 
-# VMamba-Tiny (arXiv 2401.10166) scans a map in 4 directions. A map is channel last, (B, H, W, D).
-# A sequence of its H W pixels is kept as H chunks of W steps, whatever the direction.
+# VMamba-Tiny (arXiv 2401.10166) reads a map (B, H, W, D) as sequences in 4 directions, of L = H W steps.
 
-def cross_scan(maps):
-    """Reads 4 maps (B, H, W, D), each in the order of one direction: (B, H, W, 4, D)."""
-    right, down, left, up = maps
-    down = down.transpose(1, 2).reshape(right.shape)  # (B, W, H, D) -> (B, H, W, D)
-    up = up.transpose(1, 2).reshape(right.shape)
-    return torch.stack([right, down, left.flip(1, 2), up.flip(1, 2)], dim=3)  # flip: from the last pixel
+def cross_scan(x):
+    """Reads a map by rows, by columns, and both backwards: (B, H, W, D) -> (B, L, 4, D)."""
+    rows = x.flatten(1, 2)  # (B, L, D)
+    columns = x.transpose(1, 2).flatten(1, 2)  # (B, L, D), L = W H
+    return torch.stack([rows, columns, rows.flip(1), columns.flip(1)], 2)
 
-def cross_merge(y):
-    """Undoes `cross_scan` and adds the 4 maps: (B, H, W, 4, D) -> (B, H, W, D)."""
-    right, down, left, up = y.unbind(3)
-    rows = right + left.flip(1, 2)  # (B, H, W, D)
-    columns = down + up.flip(1, 2)
-    columns = columns.reshape(rows.transpose(1, 2).shape)  # (B, W, H, D)
+def cross_merge(y, H, W):
+    """Undoes `cross_scan` and adds the 4 maps: (B, L, 4, D) -> (B, H, W, D)."""
+    right, down, left, up = y.unbind(2)  # each (B, L, D)
+    rows = (right + left.flip(1)).unflatten(1, (H, W))  # (B, H, W, D)
+    columns = (down + up.flip(1)).unflatten(1, (W, H))  # (B, W, H, D)
     return rows + columns.transpose(1, 2)
 
-def recurrence(decay, drive, dim):
-    """state_t = decay_t state_(t-1) + drive_t from 0, t along dim; all of one shape."""
-    state = torch.zeros_like(drive.select(dim, 0))
-    states = []
-    for decay_t, drive_t in zip(decay.unbind(dim), drive.unbind(dim)):
-        state = torch.addcmul(drive_t, decay_t, state)
-        states.append(state)
-    return torch.stack(states, dim)
+def recurrence(decay, drive):
+    """state_t = decay_t state_(t-1) + drive_t, from 0, along dimension 1 of both."""
+    states = [drive[:, 0]]
+    for i in range(1, drive.shape[1]):
+        states.append(decay[:, i] * states[-1] + drive[:, i])
+    return torch.stack(states, 1)
 
-def chunked_recurrence(log_decay, drive):
-    """The recurrence over all H W pixels of (B, H, W, 4, D) in H + W steps."""
-    states = recurrence(log_decay.exp(), drive, dim=2)  # all chunks at once, each from 0
-    kept = log_decay.cumsum(2).exp()  # what is left of the state on entering the chunk
-    ends = recurrence(kept[:, :, -1], states[:, :, -1], dim=1)  # (B, H, 4, D), of chunks
-    zero = torch.zeros_like(ends[:, :1])
-    starts = torch.cat([zero, ends[:, :-1]], dim=1)  # where a chunk ends, the next one starts
-    return states + kept * starts.unsqueeze(2)
-
-@torch.compiler.disable  # it would unroll the loops
-def selective_scan(v, p, dt_weight, dt_bias, A_logs):
-    """Selective scan (Mamba, arXiv 2312.00752) in the 4 directions of VMamba (2401.10166).
-
-    v (B, H, W, D): u_t. p (B, H, W, 4, R + 2): r_t, write_t, read_t (Mamba's B and C).
-    dt_weight (4, D, R), dt_bias (4, D), A_logs (4 D, 1), in whose dtype it computes
-    -> (B, H, W, D), the sum over the directions of read_t state_t, where
-        state_t = exp(delta_t A) state_(t-1) + delta_t write_t u_t,  A = -exp(A_logs),
-        delta_t = softplus(dt_weight r_t + dt_bias).
-    """
-    R = dt_weight.shape[2]
-    v = v.to(A_logs.dtype)  # half precision to float32
-    p = p.to(A_logs.dtype)
-    u = cross_scan([v] * 4)  # (B, H, W, 4, D)
-    p = cross_scan(p.unbind(3))  # (B, H, W, 4, R + 2)
-    r, write, read = p.split([R, 1, 1], dim=4)
-    with torch.autocast(v.device.type, enabled=False):
-        q = torch.einsum("bhwkr,kdr->bhwkd", r, dt_weight)
-    delta = F.softplus(q + dt_bias)  # (B, H, W, 4, D)
-    A = -A_logs.exp().view_as(dt_bias)  # (4, D)
-    state = chunked_recurrence(delta * A, delta * write * u)
-    return cross_merge(read * state)
+def scan(log_decay, drive, chunks):
+    """The recurrence with decay exp(log_decay) along L of (B, L, 4, D), in chunks side by side (Mamba)."""
+    B = len(drive)
+    log_decay = log_decay.unflatten(1, (chunks, -1)).flatten(0, 1)  # (B * chunks, steps, 4, D)
+    drive = drive.unflatten(1, (chunks, -1)).flatten(0, 1)
+    states = recurrence(log_decay.exp(), drive)  # of each chunk, from 0: (B * chunks, steps, 4, D)
+    kept = log_decay.cumsum(1).exp()  # what is left of the state on entering the chunk
+    ends = recurrence(kept[:, -1].unflatten(0, (B, chunks)), states[:, -1].unflatten(0, (B, chunks)))
+    starts = F.pad(ends[:, :-1], (0, 0, 0, 0, 1, 0))  # a chunk starts where the last ended: (B, chunks, 4, D)
+    states = states + kept * starts.flatten(0, 1)[:, None]
+    return states.unflatten(0, (B, chunks)).flatten(1, 2)  # (B, L, 4, D)
 
 class SS2D(nn.Module):
-    """Selective scan of a map (VMamba, 2401.10166), no gate: (B, H, W, D) -> (B, H, W, D)."""
+    """Selective scan (Mamba, 2312.00752) of a map in 4 directions, no gate: (B, H, W, D) -> (B, H, W, D).
+
+    In each direction, with delta_t = softplus(dt_projs r_t + bias), A = -exp(A_logs) and Mamba's B, C as
+    write, read: state_t = exp(delta_t A) state_(t-1) + delta_t write_t u_t, y_t = read_t state_t + Ds u_t."""
 
     def __init__(self, dim):
         super().__init__()
@@ -701,14 +677,24 @@ class SS2D(nn.Module):
             bound = weight.shape[2] ** -0.5
             nn.init.uniform_(weight, -bound, bound)
 
+    def selective_scan(self, v):
+        """The sum over the directions of y, of a map (B, H, W, D), in the parameters' dtype."""
+        H, W, D = v.shape[1:]
+        u = cross_scan(v)  # (B, L, 4, D)
+        p = torch.einsum("blkd,kpd->blkp", u, self.x_proj_weight)  # (B, L, 4, R + 2)
+        with torch.autocast(v.device.type, enabled=False):  # half precision would lose the state
+            u = u.to(self.Ds.dtype)
+            r, write_t, read_t = p.to(self.Ds.dtype).tensor_split([-2, -1], 3)  # (B, L, 4, R or 1)
+            delta = torch.einsum("blkr,kdr->blkd", r, self.dt_projs_weight) + self.dt_projs_bias
+            delta = F.softplus(delta)  # (B, L, 4, D)
+            A = -self.A_logs.exp().view(4, D)
+            state = scan(delta * A, delta * write_t * u, chunks=H)
+            return cross_merge(read_t * state + self.Ds.view(4, D) * u, H, W)
+
     def forward(self, x):
         x = self.in_proj(x).permute(0, 3, 1, 2)  # (B, D, H, W)
         v = F.silu(self.conv2d(x)).permute(0, 2, 3, 1)  # (B, H, W, D)
-        p = F.linear(v, self.x_proj_weight.flatten(0, 1))  # (B, H, W, 4 (R + 2))
-        p = p.unflatten(3, (4, -1))  # (B, H, W, 4, R + 2)
-        z = selective_scan(v, p, self.dt_projs_weight, self.dt_projs_bias, self.A_logs)
-        skip = self.Ds.view(4, -1).sum(0)  # (D,), of all directions
-        return self.out_proj(self.out_norm(z + skip * v))
+        return self.out_proj(self.out_norm(self.selective_scan(v)))
 
 class VSSBlock(nn.Module):
     """x + SS2D(norm(x)), then x + MLP(norm2(x)) (VMamba): (B, H, W, D) -> (B, H, W, D)."""
@@ -719,48 +705,35 @@ class VSSBlock(nn.Module):
         self.norm = nn.LayerNorm(dim)
         self.op = SS2D(dim)
         self.norm2 = nn.LayerNorm(dim)
-        fc1 = nn.Linear(dim, 4 * dim)
-        fc2 = nn.Linear(4 * dim, dim)
-        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
+        self.mlp = mlp(dim)
 
     def forward(self, x):
         # autograd would keep every state of the scan: the backward computes them again
         y = checkpoint(self.op, self.norm(x), use_reentrant=False)
-        x = x + drop_path(y, self.drop_path, self.training)
-        y = self.mlp(self.norm2(x))
-        return x + drop_path(y, self.drop_path, self.training)
-
-class PaddedConv2d(nn.Conv2d):
-    """Pads by itself: with padding=1 a CPU's bf16 gradient is undefined on maps 1 pixel wide."""
-
-    def forward(self, x):
-        x = F.pad(x, (1, 1, 1, 1))  # (B, D, H + 2, W + 2)
-        return super().forward(x)
+        x = x + stochastic_depth(y, self.drop_path, self.training)
+        return x + stochastic_depth(self.mlp(self.norm2(x)), self.drop_path, self.training)
 
 def halve(dim, wider):
     """Layers that halve the sides: (B, dim, H, W) -> (B, H / 2, W / 2, wider)."""
-    conv = PaddedConv2d(dim, wider, 3, stride=2)
-    channel_last = Permute([0, 2, 3, 1])
-    return [conv, channel_last, nn.LayerNorm(wider)]
+    return nn.Conv2d(dim, wider, 3, stride=2, padding=1), Permute([0, 2, 3, 1]), nn.LayerNorm(wider)
 
 class VMamba(nn.Module):
-    """VMamba-Tiny (2401.10166), no head: (B, 3, any height, any width) -> (B, dims[-1])."""
+    """VMamba-Tiny without its classifier: (B, 3, any height, any width) -> (B, dims[-1])."""
 
     def __init__(self, drop_path=0.2, dims=(96, 192, 384, 768), depths=(2, 2, 8, 2)):
         super().__init__()
         self.embed_dim = dims[-1]
-        half = dims[0] // 2
+        narrow = dims[0] // 2
         channel_first = Permute([0, 3, 1, 2])
-        stem = [*halve(3, half), channel_first, nn.GELU()]
-        self.patch_embed = nn.Sequential(*stem, *halve(half, dims[0]))
-        rates = torch.linspace(0, drop_path, sum(depths), device="cpu").tolist()
+        stem = [*halve(3, narrow), channel_first, nn.GELU(), *halve(narrow, dims[0])]
+        self.patch_embed = nn.Sequential(*stem)
+        rates = [drop_path * i / (sum(depths) - 1) for i in range(sum(depths))]
         self.layers = nn.Sequential()
         for i, depth in enumerate(depths):
             blocks = [VSSBlock(dims[i], rates.pop(0)) for _ in range(depth)]
             stage = nn.Sequential(OrderedDict(blocks=nn.Sequential(*blocks)))
             if i + 1 < len(depths):
-                down = halve(dims[i], dims[i + 1])
-                stage.add_module("downsample", nn.Sequential(channel_first, *down))
+                stage.add_module("downsample", nn.Sequential(channel_first, *halve(dims[i], dims[i + 1])))
             self.layers.append(stage)
         self.classifier = nn.Sequential(OrderedDict(norm=nn.LayerNorm(dims[-1])))
         init_linear(self)
@@ -770,16 +743,17 @@ class VMamba(nn.Module):
         return self.classifier(x).mean((1, 2))
 
 def build_backbone(arch, img_size, drop_path=0.0, patch_size=None):
-    """A backbone f with .embed_dim: (N, 3, H, W) -> (N, D). img_size: side of the global views in pixels."""
-    if arch == "vmamba_tiny":
-        return VMamba(drop_path=2 * drop_path)  # its authors' 0.2 where ViTs have 0.1
-    if arch not in VIT:
-        return torchvision_backbone(arch, img_size, drop_path)
-    shape = dict(VIT[arch])
-    if patch_size:
-        shape["patch_size"] = patch_size
-    return VisionTransformer(img_size, drop_path=drop_path, **shape)
+    """A backbone f with .embed_dim: (N, 3, H, W) -> (N, D). img_size: side of the global views in pixels.
 
+    Raises UserError for an unknown one."""
+    if arch in VIT:
+        shape = {**VIT[arch], "patch_size": patch_size or VIT[arch]["patch_size"]}
+        return VisionTransformer(img_size, drop_path=drop_path, **shape)
+    if arch in RESNETS:
+        return resnet(arch, img_size)
+    if arch == "vmamba_tiny":
+        return VMamba(2 * drop_path)  # its authors' 0.2 where ViTs have 0.1
+    raise UserError(f"--arch {arch} is unknown; expected {', '.join((*VIT, *RESNETS))} or vmamba_tiny")
 
 # ======== 7. The data: a worker decodes and squashes to a square of bytes
 
@@ -820,12 +794,16 @@ def draw_patterns(count, seed, side=32):
     high = between(0.86, 0.88)
     image = low + (high - low) * F.avg_pool2d(image[:, None], 2)[:, 0]  # (count, side, side)
     image = image + 0.02 * torch.randn(image.shape, generator=gen)
-    pixels = (image.clamp(0, 1) * 255).byte()[:, None]
+    pixels = (image.clamp(0, 1) * 255).byte()[:, None]  # (count, 1, side, side)
     return pixels.expand(-1, 3, -1, -1).contiguous(), labels
 
 # what Pillow raises for a broken file
 BROKEN = (OSError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError, EOFError,
           NotImplementedError, struct.error, Image.DecompressionBombError)
+
+def squash(pixels, side):
+    """Bytes (3, H, W) -> (3, side, side), bicubic."""
+    return F.interpolate(pixels[None], (side, side), mode="bicubic", antialias=True)[0]
 
 def decode(path, side):
     """An image file, turned as its EXIF says, squashed to bytes (3, side, side), and its width / height.
@@ -841,74 +819,53 @@ def decode(path, side):
         if image.mode.startswith("I;16"):  # keep the upper 8 bits
             image = image.point(lambda value: value / 256).convert("L")
         aspect = image.width / image.height
-        pixels = torchvision.transforms.functional.pil_to_tensor(image.convert("RGB"))  # (3, H, W)
-    return F.interpolate(pixels[None], (side, side), mode="bicubic", antialias=True)[0], aspect
+        pixels = TF.pil_to_tensor(image.convert("RGB"))  # (3, H, W)
+    return squash(pixels, side), aspect
 
 class Images(Dataset):
-    """One split of a data set, as files (`paths`) or as bytes in memory (`pixels`).
+    """The training or the test images of a data set, as files (`paths`) or as bytes in memory (`pixels`).
 
-    Item i: bytes (3, S, S), width / height, "". For a broken file: those of the next one that can be read,
-    and what is wrong, which `stream` collects in `bad`."""
+    Item i: bytes (3, S, S) and width / height. A broken file raises UserError, or if `mend` is true it is
+    named, and the next good one takes its place."""
 
-    def __init__(self, side, labels, classes, paths=None, pixels=None):
+    def __init__(self, side, labels, classes, paths=None, pixels=None, mend=False):
         self.side = side
         self.labels = torch.as_tensor(labels)
         self.classes = classes
         self.paths = paths
         self.pixels = pixels
-        self.bad = set()  # what is wrong with which file
-        self.named = set()  # what of it was said
-        if pixels is not None and pixels.shape[-1] != side:
-            self.pixels = F.interpolate(pixels, size=(side, side), mode="bicubic", antialias=True)
+        self.mend = mend
+        self.named = set()  # broken files
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, i):
-        problem = ""
+        if self.paths is None:
+            return squash(self.pixels[i], self.side), torch.tensor(1.0)
         for k in range(i, i + 100):
             path = self.paths[k % len(self)]
             try:
                 pixels, aspect = decode(path, self.side)
-                return pixels, torch.tensor(aspect), problem
+                return pixels, torch.tensor(aspect)
             except BROKEN as e:
-                problem = problem or f"{path}: {e or type(e).__name__}"
-        return torch.zeros(3, self.side, self.side, dtype=torch.uint8), torch.tensor(1.0), problem
+                if not self.mend:
+                    raise UserError(f"{path} cannot be read ({e}); mend or remove it")
+                if path not in self.named:
+                    print(f"warning: {path} cannot be read ({e}); another takes its place", file=sys.stderr)
+                    self.named.add(path)
+        raise UserError(f"{path} and the 99 images before it cannot be read; mend or remove them")
 
-    def stream(self, batches, device, workers):
+    def stream(self, index_lists, device, workers):
         """Yield (bytes (B, 3, S, S), aspect (B,)) on the device for each list of indices."""
-        cuda = device.type == "cuda"
-        if self.pixels is not None:
-            for indices in batches:
-                pixels = self.pixels[indices]
-                pixels = pixels.pin_memory() if cuda else pixels
-                yield pixels.to(device, non_blocking=True), torch.ones(len(indices), device=device)
-            return
+        if self.paths is None:
+            workers = 0
         if workers < 0:
-            workers = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        loader = DataLoader(self, batch_sampler=batches, num_workers=workers, worker_init_fn=quiet_worker,
-                            pin_memory=cuda)
-        for pixels, aspect, problems in loader:
-            self.bad.update(problem for problem in problems if problem)
+            workers = min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        loader = DataLoader(self, batch_sampler=index_lists, num_workers=workers, worker_init_fn=quiet_worker,
+                            pin_memory=device.type == "cuda")
+        for pixels, aspect in loader:
             yield pixels.to(device, non_blocking=True), aspect.to(device, non_blocking=True)
-
-    def name_bad(self):
-        """Name each broken image once, whichever process met it."""
-        everyone = [self.bad]
-        if dist.is_initialized():
-            everyone = [None] * dist.get_world_size()
-            dist.all_gather_object(everyone, self.bad)
-        self.bad = set().union(*everyone)
-        for problem in sorted(self.bad - self.named):
-            say(f"warning: {problem}; another image takes its place", sys.stderr)
-        self.named = set(self.bad)
-
-    def refuse_bad(self):
-        """Raises UserError if more than 1 % of the images are broken."""
-        if len(self.bad) > 0.01 * len(self):
-            names = "; ".join(sorted(self.bad)[:100])
-            raise UserError(f"{len(self.bad)} of {len(self)} images are broken, over 1 %; mend or remove "
-                            f"{names}")
 
 def quiet_worker(_):
     """A stop signal is for the main process: it finishes its step, with the data its workers still bring."""
@@ -916,54 +873,50 @@ def quiet_worker(_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 def has_val(data):
-    """Whether a data set has labelled images held out; a folder needs train/ and val/<class>/."""
-    folder = Path(data)
-    labelled = any(path.is_dir() for path in folder.glob("val/*"))
-    return not folder.is_dir() or (labelled and (folder / "train").is_dir())
+    """Whether a data set has labelled images held out; a folder needs train/ and val/."""
+    return not os.path.isdir(data) or all(os.path.isdir(f"{data}/{subset}") for subset in ("train", "val"))
 
-def load_images(data, part, side):
-    """The part "train" or "val" of a data set at side x side pixels. Raises UserError if there is none."""
+PICTURES = ("crops.png", "visualize.png")  # of runs: no data
+
+def load_images(data, subset, side):
+    """The "train" or "val" images of a data set at side x side pixels. Raises UserError if there is none."""
     if data == "patterns":
-        pixels, labels = draw_patterns(4096, 0) if part == "train" else draw_patterns(2000, 1)
+        pixels, labels = draw_patterns(4096, 0) if subset == "train" else draw_patterns(2000, 1)
         return Images(side, labels, list("0123456789"), pixels=pixels)
     if data in ("cifar10", "cifar100"):
-        kind = torchvision.datasets.CIFAR10 if data == "cifar10" else torchvision.datasets.CIFAR100
-        try:
-            os.makedirs(".data", exist_ok=True)
-            with FileLock(".data/lock"):  # one process of a machine downloads, the others wait
-                cifar = kind(".data", train=part == "train", download=True)
-        except (OSError, RuntimeError) as e:
-            raise UserError(f"--data {data}: neither in .data nor to be downloaded ({e}); name a folder")
+        kind = getattr(torchvision.datasets, data.upper())
+        os.makedirs(".data", exist_ok=True)
+        with FileLock(".data/lock"):  # one process of a machine downloads, the others wait
+            try:
+                cifar = kind(".data", train=subset == "train", download=True)
+            except (OSError, RuntimeError) as e:
+                raise UserError(f"--data {data}: neither in .data nor to be downloaded ({e}); name a folder")
         pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()  # (N, 3, 32, 32)
         return Images(side, cifar.targets, cifar.classes, pixels=pixels)
     if not os.path.isdir(data):
         raise UserError(f"--data {data} is no folder, and none of patterns, cifar10, cifar100")
-    if part == "val" and not has_val(data):
+    if subset == "val" and not has_val(data):
         raise UserError(f"--data {data} has no train/ and val/; expected {{train,val}}/<class>/<images>")
-    root = os.path.join(data, part)
+    root = os.path.join(data, subset)
     if not os.path.isdir(root):  # images without labels, anywhere below the folder
         root = data
     endings = torchvision.datasets.folder.IMG_EXTENSIONS
     paths = []
-    seen = set()
-    for folder, inner, names in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link in a circle
-            inner.clear()
-            continue
-        seen.add(real)
-        names = set(names) - {"crops.png", "visualize.png"}  # pictures of a run
-        paths += [os.path.join(folder, name) for name in names if name.lower().endswith(endings)]
+    for folder, _, names in os.walk(root, followlinks=True):
+        for name in names:
+            if name.lower().endswith(endings) and name not in PICTURES:
+                paths.append(os.path.join(folder, name))
     if not paths:
         raise UserError(f"--data {data}: {root} holds no image; expected {', '.join(endings)}")
     paths.sort()
     classes = [os.path.relpath(path, root).split(os.sep)[0] for path in paths]  # the folders in root
     known = sorted(set(classes))
     index = {name: c for c, name in enumerate(known)}
-    return Images(side, [index[name] for name in classes], known, paths=paths)
+    return Images(side, [index[name] for name in classes], known, paths=paths, mend=subset == "train")
 
-def batches(count, cfg, start, stop, rank=0, world=1):
+def batches(count, cfg, start, stop):
     """Yield this process's image indices of each step; an epoch's order is a function of (seed, epoch)."""
+    rank, world = distributed()
     share = cfg.batch // world
     for step in range(start, stop):
         epoch, position = divmod(step, count // cfg.batch)
@@ -972,14 +925,14 @@ def batches(count, cfg, start, stop, rank=0, world=1):
         first = position * cfg.batch + rank * share
         yield order[first:first + share].tolist()
 
-
 # ======== 8. The loop: what changes while training, collapse metrics, checkpoints, log
+
+LOOK_EVERY = 10  # steps between looks at a GPU's results, and lines of the log: to look is to wait
+SAVE_EVERY = 600  # seconds between checkpoints; each epoch ends with one
 
 def distributed():
     """(rank, world) of this process; (0, 1) without a process group."""
-    if dist.is_initialized():
-        return dist.get_rank(), dist.get_world_size()
-    return 0, 1
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 def mean_over_processes(x):
     """Average a tensor over all processes, in place."""
@@ -990,53 +943,38 @@ def mean_over_processes(x):
 
 def gather(x):
     """The images of all processes, in the order of the ranks: (G, B, ...) -> (G, world * B, ...)."""
-    parts = [torch.empty_like(x) for _ in range(distributed()[1])]
-    if len(parts) == 1:
+    if not dist.is_initialized():
         return x
+    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
     dist.all_gather(parts, x.contiguous())
     return torch.cat(parts, 1)
 
 def cosine_schedule(start, end, steps, warmup=0):
     """A value for each step: linear from 0 to `start` over `warmup` steps, then a cosine to `end` (DINO)."""
     ramp = torch.linspace(0, start, warmup, dtype=torch.float64)
-    phase = torch.arange(steps - warmup, dtype=torch.float64) / max(1, steps - warmup)
+    phase = torch.arange(steps - warmup, dtype=torch.float64) / (steps - warmup)
     cosine = end + (start - end) * (1 + torch.cos(math.pi * phase)) / 2
     return torch.cat([ramp, cosine]).tolist()
 
-def pick_precision(name, device):
-    """The dtype of the networks; "auto" is fp32 on a CPU, bf16 on a GPU that has it, fp16 on another."""
-    if name == "auto":
-        name = "fp32"
-        if device.type == "cuda":
-            name = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return dict(bf16=torch.bfloat16, fp16=torch.float16, fp32=torch.float32)[name]
-
-def autocast(device, dtype):
-    """The context of the networks' forward passes: matrix products in dtype, parameters stay float32."""
-    return torch.autocast(device.type, dtype, enabled=dtype is not torch.float32)
+def autocast(device, precision):
+    """The context of the networks' forward passes; parameters stay float32. auto: bf16 on a GPU alone."""
+    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 class Training:
-    """All that changes while training: student, teacher (its heads hold the centres), optimiser, sums."""
+    """All that changes while training: student, teacher (its heads hold the centres), optimiser, step."""
 
     def __init__(self, cfg, steps_per_epoch, device="cpu"):
         self.cfg = cfg
         self.steps_per_epoch = steps_per_epoch
         self.device = torch.device(device)
-        self.dtype = pick_precision(cfg.precision, self.device)
-        self.rank, self.world = distributed()
         self.step = 0
-        self.signal = 0  # the number of one that came to this process
-        self.stop = 0  # of one that came to any process
         self.begin_epoch()
         torch.manual_seed(cfg.seed)
         self.student = CLeVER(cfg, cfg.drop_path)
         self.teacher = CLeVER(cfg).requires_grad_(False)  # in train mode too, but without drop path
         self.teacher.load_state_dict(self.student.state_dict())
-        if self.world > 1:
-            batch_norm = any(isinstance(layer, nn.BatchNorm2d) for layer in self.student.modules())
-            if batch_norm and self.device.type == "cpu":
-                raise UserError(f"--arch {cfg.arch} has batch norm, which torch synchronises on GPUs only; "
-                                "on a CPU start one process, or take a ViT")
+        if distributed()[1] > 1 and self.device.type == "cuda":  # batch norm over the whole batch
             self.student = nn.SyncBatchNorm.convert_sync_batchnorm(self.student)
             self.teacher = nn.SyncBatchNorm.convert_sync_batchnorm(self.teacher)
         self.student.to(self.device)
@@ -1046,7 +984,6 @@ class Training:
         others = [p for p in self.student.parameters() if p.ndim <= 1]  # biases and norms
         groups = [dict(params=decayed), dict(params=others, weight_decay=0.0)]
         self.optimizer = torch.optim.AdamW(groups, fused=True)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype is torch.float16)
         steps = cfg.epochs * steps_per_epoch
         warmup = min(10 * steps_per_epoch, steps // 10)
         self.lr = cosine_schedule(cfg.lr * cfg.batch / 256, MIN_LR, steps, warmup)
@@ -1057,42 +994,36 @@ class Training:
         if cfg.compile:
             self.loss = torch.compile(clever_loss)
             for net in (self.student, self.teacher):
-                for part in net.heads if cfg.arch == "vmamba_tiny" else (net.backbone, *net.heads):
-                    part.compile()  # the loops of VMamba's scan would be unrolled, for each size of map
+                for head in net.heads:
+                    head.compile(dynamic=False)
+                if cfg.arch != "vmamba_tiny":  # whose scan would be unrolled, for each size of map
+                    net.backbone.compile(dynamic=False)
         self.ddp = self.student
-        if self.world > 1:
-            ids = [self.device] if self.device.type == "cuda" else None
-            self.ddp = nn.parallel.DistributedDataParallel(self.student, ids, broadcast_buffers=False)
+        if dist.is_initialized():
+            self.ddp = nn.parallel.DistributedDataParallel(self.student)
 
     def state_dict(self):
         """Everything that a resumed run needs, as plain tensors and numbers."""
         return dict(student=self.student.state_dict(), teacher=self.teacher.state_dict(),
-                    optimizer=self.optimizer.state_dict()["state"], scaler=self.scaler.state_dict(),
-                    step=self.step, sums=self.sums)
+                    optimizer=self.optimizer.state_dict(), step=self.step)
 
     def load_state_dict(self, state):
         """Raises an exception if a part is missing or does not fit."""
         self.student.load_state_dict(state["student"])
         self.teacher.load_state_dict(state["teacher"])
-        self.scaler.load_state_dict(state["scaler"])
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for i, moments in state["optimizer"].items():  # a wrong shape would crash in AdamW
-            shapes = [moments[name].shape for name in ("step", "exp_avg", "exp_avg_sq")]
-            if shapes != [torch.Size([]), parameters[i].shape, parameters[i].shape]:
-                raise ValueError(f"the optimiser's state of parameter {i} has another shape")
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict(dict(state=state["optimizer"], param_groups=groups))
+        self.optimizer.load_state_dict(state["optimizer"])
+        for p, moments in self.optimizer.state.items():  # of another shape they would crash AdamW
+            if not p.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
+                raise ValueError("the optimiser's state has another shape")
+        if not 0 <= state["step"] <= len(self.lr):
+            raise ValueError("its step is not one of this run")
         self.step = state["step"]
-        if not 0 <= self.step <= len(self.lr):
-            raise ValueError(f"step {self.step} does not fit")
         self.begin_epoch()
-        self.sums = {name: total.double() for name, total in state["sums"].items()}
 
     def begin_epoch(self):
-        """Forget the epoch that ended."""
+        """Forget the steps before."""
         self.sums = {}  # of the loss terms, on the device
         self.last = None  # features and logits of the epoch's last step, for `look`
-        self.waiting = 0.0  # seconds for data
         self.first_step = self.step
         self.first_time = time.monotonic()
 
@@ -1103,25 +1034,18 @@ class Training:
             self.sums[name] = self.sums.get(name, 0.0) + term.double()
 
     def line(self):
-        """What the log says: the means of the loss terms over the epoch so far, of all processes, and more.
+        """For the log: the loss terms, means over the epoch so far and all processes, and more.
 
-        Waits for the device, and tells every process of a signal to one. Raises SystemExit for a term that
-        is not finite."""
-        stop = torch.tensor(float(self.signal), dtype=torch.float64, device=self.device)
-        values = mean_over_processes(torch.stack([*self.sums.values(), stop]))
-        self.sums = dict(zip(self.sums, values))  # without the last, stop
-        if values[-1] > 0:
-            self.stop = self.signal or signal.SIGTERM
-        steps = (self.step - 1) % self.steps_per_epoch + 1
-        means = {name: float(total) / steps for name, total in self.sums.items()}
-        for name, mean in means.items():
+        Waits for the device. Raises SystemExit if a term is not finite."""
+        steps = self.step - self.first_step
+        means = mean_over_processes(torch.stack([*self.sums.values()]) / steps).tolist()
+        for name, mean in zip(self.sums, means):
             if not math.isfinite(mean):
                 raise SystemExit(f"{name} is not finite at step {self.step}; the checkpoint is from before. "
                                  "Begin again in another --out, with a lower --lr or --precision fp32")
-        seconds = time.monotonic() - self.first_time
-        speed = (self.step - self.first_step) * self.cfg.batch / seconds
-        return dict(step=self.step, epoch=self.step / self.steps_per_epoch, **means,
-                    lr=self.lr[self.step - 1], images_per_second=speed, waiting=self.waiting)
+        speed = steps * self.cfg.batch / (time.monotonic() - self.first_time)
+        return dict(step=self.step, epoch=self.step / self.steps_per_epoch, **dict(zip(self.sums, means)),
+                    lr=self.lr[self.step - 1], images_per_second=speed)
 
 def effective_rank(features):
     """RankMe (arXiv 2210.02885): exp of the entropy of the normalised singular values of features (N, d)."""
@@ -1153,87 +1077,89 @@ def collapse_alarm(part, m, K):
         return (f"EF IS TRIVIAL: its output does not know the view (cosine with its own {m['own']:.3f}, with "
                 f"another view {m['other_view']:.3f}, another image {m['other_image']:.3f}).")
     if part == "IR" and m["entropy"] > 0.99 * math.log(K):
-        what = f"the teacher's output is uniform (entropy {m['entropy']:.2f} of at most {math.log(K):.2f})"
-        cure = "lower --teacher-temp or --lr, raise --freeze-epochs"
-    elif m["kl_uniform"] > 0.95 * math.log(K):
-        what = f"one prototype takes every image (divergence {m['kl_uniform']:.2f} of {math.log(K):.2f})"
-        cure = "raise --teacher-temp"
-    elif m["std"] < 0.1 or m["rank"] < 2:
-        what = f"all images have nearly the same features (std {m['std']:.3f}, rank {m['rank']:.1f})"
-        cure = "lower --lr, raise --momentum or --batch"
-    else:
-        return ""
-    return f"COLLAPSE of {part}: {what}. Try: {cure}."
+        return "COLLAPSE of IR: the teacher's output is uniform. Try: lower --teacher-temp or --lr."
+    if m["kl_uniform"] > 0.95 * math.log(K):
+        return f"COLLAPSE of {part}: one prototype takes every image. Try: raise --teacher-temp."
+    if m["std"] < 0.1 or m["rank"] < 2:
+        return f"COLLAPSE of {part}: all images have nearly the same features. Try: lower --lr."
+    return ""
 
 def look(t):
-    """`collapse_metrics` of each part as {"IR_entropy": ...}, and the alarms, at the end of an epoch."""
+    """After an epoch: the `collapse_metrics`, {"IR_entropy": ...}, and the alarm, or "", of each part."""
     z, teacher, student = t.last
     metrics = {}
     alarms = []
     parts = zip(PARTS, split(z, t.cfg.ratio), t.teacher.heads, teacher, student)
     for part, features, head, teacher_logits, student_logits in parts:
         P = gather(sharpen(teacher_logits, head.centre, t.cfg.teacher_temp))  # (G, B, K)
-        Q = gather(F.softmax(wide(student_logits) / STUDENT_TEMP, dim=-1))
-        measured = collapse_metrics(gather(wide(features)), P, Q)
+        Q = gather(F.softmax(student_logits / STUDENT_TEMP, dim=-1))
+        measured = collapse_metrics(gather(features), P, Q)
         metrics.update({f"{part}_{name}": value for name, value in measured.items()})
         alarms.append(collapse_alarm(part, measured, P.shape[-1]))
     return metrics, alarms
 
-def say(text, file=None):
+def say(text):
     """Print beside the progress bar, on rank 0; a closed pipe or a full disk does not end a run."""
-    if distributed()[0] == 0:
-        with suppress(OSError, ValueError, AttributeError):  # full, closed, none at all
-            tqdm.write(text, file=file or sys.stdout)
-            (file or sys.stdout).flush()
+    with suppress(OSError, ValueError, AttributeError):  # full, closed, none at all
+        if distributed()[0] == 0:
+            tqdm.write(text)
+            sys.stdout.flush()
 
-def write_whole(path, write):
-    """Let write(file) fill a file aside, then rename it: a reader sees the old one or the new, no part.
+def log(path, line):
+    """Append a dict to log.jsonl, on rank 0. A full disk costs a warning, not the run."""
+    try:
+        if distributed()[0] == 0:
+            with open(path, "a") as file:
+                file.write(json.dumps(line) + "\n")
+    except OSError as e:
+        say(f"warning: {path} cannot be written ({e})")
 
-    A failure is said aloud. Returns whether it worked."""
+def write(path, fill):
+    """Let fill(file) fill a file aside, then rename it: a reader sees the old one or the new, no part.
+
+    A full disk costs a warning, not the run. Returns whether it worked."""
     aside = path.with_name(path.name + ".tmp")
     try:
         with open(aside, "wb") as file:
-            write(file)
+            fill(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
         return True
     except (OSError, RuntimeError) as e:  # torch.save raises the latter
-        aside.unlink(missing_ok=True)
-        say(f"warning: {path} cannot be written ({e})", sys.stderr)
+        say(f"warning: {path} cannot be written ({e})")
         return False
 
 def open_folder(cfg):
     """Make the folder of a run, lock it, write config.json: (path, the lock to hold). Raises UserError."""
     now = time.strftime("%m%d-%H%M%S")
     out = Path(cfg.out or f"runs/{Path(cfg.data).resolve().name}-{cfg.method}-{cfg.aug}-{now}")
-    if not cfg.resume and (out / "checkpoint.pt").exists():
-        raise UserError(f"--out {out} holds a run; go on with --resume, or name another folder")
-    config = json.dumps({**vars(cfg), "out": str(out), "resume": False}, indent=1)
     try:
         out.mkdir(parents=True, exist_ok=True)
         lock = FileLock(out / "lock")
         lock.acquire(timeout=0)
-        if not cfg.resume and not write_whole(out / "config.json", lambda file: file.write(config.encode())):
-            raise UserError(f"--out {out} cannot be written; make room, or name another folder")
     except Timeout:
         raise UserError(f"another process is writing to --out {out}; wait for it, or stop it")
     except OSError as e:
         raise UserError(f"--out {out} cannot be written ({e.strerror}); name another folder")
+    if not cfg.resume and (out / "checkpoint.pt").exists():
+        raise UserError(f"--out {out} holds a run; go on with --resume, or name another folder")
+    config = json.dumps({**vars(cfg), "out": str(out), "resume": False}, indent=1)
+    write(out / "config.json", lambda file: file.write(config.encode()))
     return out, lock
 
 def save(t, data, out):
-    """Rank 0 writes backbone.pt and checkpoint.pt; a failure is said aloud. Returns whether it worked."""
-    if t.rank > 0:
+    """Rank 0 writes backbone.pt and checkpoint.pt. Returns whether it worked."""
+    if distributed()[0] > 0:
         return True
     if not all(p.isfinite().all() for p in t.student.parameters()):
         raise SystemExit(f"a weight is not finite at step {t.step}; the last checkpoint is from before")
-    log = out / "log.jsonl"
-    log_bytes = log.stat().st_size if log.exists() else 0
+    lines = out / "log.jsonl"
+    log_bytes = lines.stat().st_size if lines.exists() else 0
     state = dict(training=t.state_dict(), images=len(data), log_bytes=log_bytes)
     backbone = t.teacher.backbone.state_dict()
-    return (write_whole(out / "backbone.pt", lambda file: torch.save(backbone, file))
-            and write_whole(out / "checkpoint.pt", lambda file: torch.save(state, file)))
+    return (write(out / "backbone.pt", lambda file: torch.save(backbone, file))
+            and write(out / "checkpoint.pt", lambda file: torch.save(state, file)))
 
 def restore(t, data, out):
     """Go on from checkpoint.pt, running no code of it. Raises UserError naming what is wrong."""
@@ -1243,189 +1169,132 @@ def restore(t, data, out):
         if state["images"] != len(data):
             raise ValueError(f"it saw {state['images']} images, --data now holds {len(data)}")
         t.load_state_dict(state["training"])
-        log = out / "log.jsonl"
-        if t.rank == 0 and log.exists():  # forget what came after the checkpoint
-            os.truncate(log, min(state["log_bytes"], log.stat().st_size))
+        lines = out / "log.jsonl"
+        if distributed()[0] == 0 and lines.exists():  # forget what came after the checkpoint
+            os.truncate(lines, state["log_bytes"])
     except Exception as e:
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"{path} is missing, damaged or not of this run ({type(e).__name__}: {reason}); "
-                        "restore it, or start again in another --out")
-    step = torch.tensor(float(t.step), device=t.device)
-    if mean_over_processes(step) != t.step:
+                        "start again in another --out")
+    if mean_over_processes(torch.tensor(float(t.step), device=t.device)) != t.step:
         raise UserError(f"the processes found different checkpoints in {out}; nodes need one shared --out")
 
 def save_crops(path, images, views):
     """A picture of the first images (B, 3, S, S) of bytes, each beside its views as the network sees them."""
-    side = views[0].shape[-1]
-    source = F.interpolate(normalize(images[:8] / 255), (side, side), mode="bilinear", antialias=True)
-    tiles = []
-    for x in (source, *views):
-        border = side - x.shape[-1]
-        tiles.append(F.pad(x[:8].cpu(), [0, border, 0, border], value=3.0))  # 3.0: white
-    tiles = torch.stack(tiles, 1).flatten(0, 1)  # (rows * (1 + V), 3, side, side)
-    tiles = torch.stack([tiles[:, c] * STD[c] + MEAN[c] for c in range(3)], 1).clamp(0, 1)
-    tiles = F.interpolate(tiles, scale_factor=max(1, 96 // side), mode="nearest")
-    grid = torchvision.utils.make_grid(tiles, nrow=1 + len(views), padding=4, pad_value=1.0)
-    write_whole(path, lambda file: torchvision.utils.save_image(grid, file, format="png"))
+    side = max(96, views[0].shape[-1])
+    pictures = [F.interpolate(x[:8], (side, side)) for x in (normalize(images / 255), *views)]
+    tiles = torch.stack(pictures, 1).flatten(0, 1).cpu()  # (rows * (1 + V), 3, side, side)
+    tiles = tiles * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
+    sheet = TF.to_pil_image(torchvision.utils.make_grid(tiles.clamp(0, 1), nrow=len(pictures), padding=16))
+    titles = ["image", "global", "global"] + ["local"] * (len(views) - 2)
+    for i, title in enumerate(titles):
+        ImageDraw.Draw(sheet).text((16 + i * (side + 16), 2), title)
+    write(path, lambda file: sheet.save(file, "png"))
 
-@contextmanager
-def stop_signals(t):
-    """Within: at SIGTERM and Ctrl-C the loop saves at its next look and leaves; a second one ends at once."""
-    def note(number, frame):
-        t.signal = number
-        signal.signal(number, before[number])
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-def setup(batch, deterministic=False):
+def setup(batch):
     """Join the processes that torchrun started, if it did; the device of this one. Raises UserError."""
     world = int(os.environ.get("WORLD_SIZE", 1))
-    cuda = torch.cuda.is_available()
     if batch % world:
         raise UserError(f"--batch {batch} cannot be shared evenly by {world} processes; take a multiple")
-    if cuda and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > torch.cuda.device_count():
-        raise UserError(f"more processes than the {torch.cuda.device_count()} GPUs here; start fewer")
     device = torch.device("cpu")
-    if cuda:
+    if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.backends.cudnn.allow_tf32 = False  # --precision fp32 means it
-        torch.backends.cudnn.benchmark = not deterministic
-    if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ and not dist.is_initialized():
+        cuda = device.type == "cuda"
         dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
     return device
+
+def note_signals():
+    """A list that fills with the SIGTERM and SIGINT that come; a second one ends the process at once."""
+    noted = []
+
+    def note(number, frame):
+        noted.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
+    return noted
 
 def stored_side(size):
     """Side of the stored images for views of `size` pixels: small ones as they are, 320 px for 224."""
     return size if size <= 64 else round(size * 10 / 7)
 
-LOOK_EVERY = 20  # steps between looks at a GPU's results: to look is to wait
-LOG_EVERY = 3 * LOOK_EVERY  # steps between lines of the log
-
-def log(path, line):
-    """Append a dict to log.jsonl, on rank 0; a full disk does not end a run."""
-    try:
-        if distributed()[0] == 0:
-            with open(path, "a") as file:
-                file.write(json.dumps(line) + "\n")
-    except OSError as e:
-        say(f"warning: {path} cannot be written ({e.strerror})", sys.stderr)
+def introduce(t, data, out):
+    """Print what is about to happen."""
+    cfg = t.cfg
+    labels = f"{len(data.classes)} classes" if has_val(cfg.data) else "no val/: no comparison at the end"
+    million = sum(p.numel() for p in t.student.backbone.parameters()) / 1e6
+    say(f"{cfg.method}, {cfg.arch} of {million:.1f}M parameters, {cfg.aug}, {distributed()[1]} x {t.device}\n"
+        f"{cfg.data}: {len(data)} images, {labels}\n"
+        f"{cfg.epochs} epochs of {t.steps_per_epoch} steps of {cfg.batch} images, peak lr {max(t.lr):.2g}\n"
+        f"writes to {out}, from step {t.step}")
 
 def train(cfg):
-    """Train (or profile) as configured, on all processes; returns the folder of the run.
+    """Train as configured, on all processes; returns the folder of the run.
 
     Raises UserError for a wrong start, SystemExit with a reason or a signal's code for what stops it."""
     data = load_images(cfg.data, "train", stored_side(cfg.global_size))
     if cfg.batch > len(data):
         raise UserError(f"--batch {cfg.batch} is larger than the data of {len(data)} images; lower it")
-    device = setup(cfg.batch, cfg.deterministic)
+    device = setup(cfg.batch)
+    rank, _ = distributed()
     t = Training(cfg, len(data) // cfg.batch, device)
-    augment = MultiCrop(cfg, t.rank, t.world)
-    if cfg.profile:
-        return profile(t, data, augment)
-    out, lock = open_folder(cfg) if t.rank == 0 else (Path(cfg.out), None)
+    augment = MultiCrop(cfg)
+    out, lock = open_folder(cfg) if rank == 0 else (Path(cfg.out), None)  # held until this function ends
     if dist.is_initialized():
         dist.barrier()  # if rank 0 refuses the folder, the others end here
     if cfg.resume:
         restore(t, data, out)
     introduce(t, data, out)
     saved = save(t, data, out)
-    steps = batches(len(data), cfg, t.step, len(t.lr), t.rank, t.world)
+    signals = note_signals()
+    alarmed = set()  # the parts whose alarm was told
+    told_time = saved_time = time.monotonic()
+    steps = batches(len(data), cfg, t.step, len(t.lr))
     bar = tqdm(total=len(t.lr) * cfg.batch, initial=t.step * cfg.batch, unit=" images", unit_scale=True,
-               disable=None if t.rank == 0 else True)  # None: shown on a terminal alone
-    rung = set()  # alarms
-    told_time = saved_time = asked_time = time.monotonic()
-    with stop_signals(t), bar:
+               disable=None if rank == 0 else True)  # None: shown on a terminal alone
+    with bar:
         for images, aspect in data.stream(steps, device, cfg.workers):
-            t.waiting += time.monotonic() - asked_time
             views = augment(images, aspect, t.step)
-            if t.step == 0 and t.rank == 0:
+            if t.step == 0 and rank == 0:
                 save_crops(out / "crops.png", images, views)
             t.count(train_step(t, views, t.step))
             bar.update(cfg.batch)
-            place = t.step % t.steps_per_epoch  # 0 at the end of an epoch
-            if place % LOOK_EVERY == 0 or device.type == "cpu":
+            epoch_ends = t.step % t.steps_per_epoch == 0
+            if epoch_ends or t.step % LOOK_EVERY == 0 or device.type == "cpu":
                 line = t.line()
-                words = [f"{name} {line[name]:.4f}" for name in t.sums]
-                told = "  ".join([f"epoch {line['epoch']:.2f}/{cfg.epochs}", *words,
-                                  f"{line['images_per_second']:.0f} images/s"])
-                bar.set_description("  ".join([f"epoch {line['epoch']:.2f}", *words[-1:]]), refresh=False)
-                if place == 0:
-                    data.name_bad()
-                    metrics, alarms = look(t)
-                    line.update(metrics, bad_images=len(data.bad))
-                    new = [alarm for alarm in alarms if alarm and alarm.split(":")[0] not in rung]
-                    rung.update(alarm.split(":")[0] for alarm in new)  # each once
-                    told = "\n".join([told, *new])
-                    t.begin_epoch()
-                if place % LOG_EVERY == 0:
-                    log(out / "log.jsonl", line)
-                if place == 0 or (bar.disable and time.monotonic() - told_time > 60):
-                    say(told)
+                told = f"epoch {line['epoch']:.2f}/{cfg.epochs}"
+                bar.set_description(f"{told}  loss {line['loss']:.4f}", refresh=False)
+                if epoch_ends or (bar.disable and time.monotonic() - told_time > 60):
+                    terms = "  ".join(f"{name} {line[name]:.4f}" for name in t.sums)
+                    say(f"{told}  {terms}  {line['images_per_second']:.0f} images/s")
                     told_time = time.monotonic()
-                if place == 0 or t.stop or time.monotonic() - saved_time > 60 * cfg.save_every:
+                if epoch_ends:
+                    metrics, alarms = look(t)
+                    line.update(metrics)
+                    for part, alarm in zip(PARTS, alarms):
+                        if alarm and part not in alarmed:
+                            say(alarm)
+                            alarmed.add(part)
+                    t.begin_epoch()
+                if epoch_ends or t.step % LOOK_EVERY == 0:
+                    log(out / "log.jsonl", line)
+                stop = mean_over_processes(torch.tensor(float(len(signals)), device=device)) > 0
+                if epoch_ends or stop or time.monotonic() - saved_time > SAVE_EVERY:
                     saved = save(t, data, out)
                     saved_time = time.monotonic()
-                if place == 0:
-                    data.refuse_bad()
-                if t.stop:
-                    say(f"stopped at step {t.step}; go on with --out {out} --resume", sys.stderr)
-                    raise SystemExit(128 + t.stop)
-            asked_time = time.monotonic()
+                if stop:
+                    say(f"stopped at step {t.step}; go on with --out {out} --resume")
+                    raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if not saved:
         raise SystemExit(f"the last checkpoint could not be written; make room, then --out {out} --resume")
     return out
-
-def introduce(t, data, out):
-    """Print what is about to happen."""
-    cfg = t.cfg
-    device = torch.cuda.get_device_name() if t.device.type == "cuda" else "CPU"
-    labels = f"{len(data.classes)} classes" if has_val(cfg.data) else "no val/: no comparison at the end"
-    million = sum(p.numel() for p in t.student.backbone.parameters()) / 1e6
-    say(f"{cfg.method}, {cfg.arch} of {million:.1f}M parameters, {cfg.aug}, {t.world} x {device}, {t.dtype}\n"
-        f"{cfg.data}: {len(data)} images, {labels}\n"
-        f"{cfg.epochs} epochs of {t.steps_per_epoch} steps of {cfg.batch} images, peak lr {max(t.lr):.2g}\n"
-        f"writes to {out}, from step {t.step}")
-
-def profile(t, data, augment):
-    """Print where the time of --profile steps goes, after two that warm up, and torch's own profile."""
-    cfg = t.cfg
-    wait = getattr(torch, t.device.type).synchronize
-    stream = data.stream(batches(len(data), cfg, 0, cfg.profile + 2, t.rank, t.world), t.device, cfg.workers)
-    spent = torch.zeros(3, dtype=torch.float64)  # seconds
-    for step in range(cfg.profile + 2):
-        times = [time.perf_counter()]
-        images, aspect = next(stream)
-        times.append(time.perf_counter())
-        views = augment(images, aspect, step)
-        wait()
-        times.append(time.perf_counter())
-        train_step(t, views, step % len(t.lr))
-        wait()
-        times.append(time.perf_counter())
-        if step >= 2:
-            spent += torch.tensor(times, dtype=torch.float64).diff()
-    with torch.profiler.profile() as trace:
-        train_step(t, views, 0)
-    order = f"self_{t.device.type}_time_total"
-    say(trace.key_averages().table(sort_by=order, row_limit=10, max_name_column_width=40))
-    for phase, seconds in zip(("waiting for data", "augmentation", "train_step"), spent):
-        say(f"{phase:16} {1000 * seconds / cfg.profile:8.1f} ms a step, {seconds / spent.sum():.1%}")
-    speed = cfg.batch * cfg.profile / spent.sum()
-    say(f"{speed:.1f} images/s: {cfg.method}, {cfg.arch}, {cfg.aug}, batch {cfg.batch}, {t.dtype}")
-    if t.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2 ** 30
-        say(f"peak memory {peak:.2f} GiB on {torch.cuda.get_device_name()}")
-
 
 # ======== 9. What was learned: the class by k-NN and the angle by ridge regression, off z, IR and EF
 
@@ -1470,83 +1339,79 @@ def ridge_r2(x, angle, x_test, angle_test, penalty=0.01):
     return float((1 - error / (y_test - y_test.mean(0)).square().sum(0)).mean())
 
 @torch.no_grad()
-def extract(backbone, data, count, size, turned, device, workers):
-    """z (n, D), angles (n,), labels (n,) of at most `count` images, perhaps turned within 90 degrees."""
+def extract(backbone, cfg, data, count, turned, device):
+    """z (N, D), angles (N,), labels (N,) of at most `count` images, perhaps turned within 90 degrees."""
     rows = torch.randperm(len(data), generator=generator("cpu", "subset"))[:count]
     angles = (torch.rand(len(rows), generator=generator("cpu", "angles")) * 180 - 90) * turned
     angles = angles.to(device)
-    z = []
     chunks = [some.tolist() for some in rows.split(CHUNK)]
-    for angle, (images, aspect) in zip(angles.split(CHUNK), data.stream(chunks, device, workers)):
-        x = centre_view(images, aspect, size, torch.zeros_like(angle, dtype=torch.bool), angle)
+    z = []
+    for angle, (images, aspect) in zip(angles.split(CHUNK), data.stream(chunks, device, cfg.workers)):
+        x = centre_view(images, aspect, cfg.global_size, torch.zeros_like(angle, dtype=torch.bool), angle)
         z.append(backbone(normalize(x)).float())
-    data.name_bad()
-    data.refuse_bad()
     return torch.cat(z), angles, data.labels[rows].to(device)
 
-def describe(backbone, cfg, train, val, device):
+def describe(backbone, cfg, train_data, val_data, device):
     """What z, IR and EF of a backbone tell of class and angle, and their rank: {what: {part: number}}."""
-    def features_of(data, count, turned):
-        return extract(backbone, data, count, cfg.global_size, turned, device, cfg.workers)
-
-    if train.classes != val.classes:
+    if train_data.classes != val_data.classes:
         raise UserError(f"--data {cfg.data}: the classes in train/ and val/ differ; a probe needs the same")
     backbone.to(device).eval()
-    bank, _, labels = features_of(train, 4096, turned=False)
-    turned, angle, _ = features_of(train, 4096, turned=True)
-    up, _, truth = features_of(val, 2000, turned=False)
-    rot, angle_val, _ = features_of(val, 2000, turned=True)
-    told = {what: {} for what in ("k-NN, upright", "k-NN, rotated", "R2 of the angle", "effective rank")}
+    bank, _, labels = extract(backbone, cfg, train_data, 4096, False, device)
+    turned, angle, _ = extract(backbone, cfg, train_data, 4096, True, device)
+    upright, _, truth = extract(backbone, cfg, val_data, 2000, False, device)
+    rotated, angle_val, _ = extract(backbone, cfg, val_data, 2000, True, device)
+    found = {what: {} for what in ("k-NN, upright", "k-NN, rotated", "R2 of the angle", "effective rank")}
     for part, i in columns(bank.shape[1], cfg.ratio).items():
-        for what, queries in (("k-NN, upright", up), ("k-NN, rotated", rot)):
-            votes = knn(bank[:, i], labels, queries[:, i], len(train.classes))
-            told[what][part] = float((votes.argmax(1) == truth).double().mean() * 100)
-        told["R2 of the angle"][part] = ridge_r2(turned[:, i], angle, rot[:, i], angle_val)
-        told["effective rank"][part] = effective_rank(up[:, i])
-    return told
+        for what, queries in (("k-NN, upright", upright), ("k-NN, rotated", rotated)):
+            votes = knn(bank[:, i], labels, queries[:, i], len(train_data.classes))
+            found[what][part] = float((votes.argmax(1) == truth).double().mean() * 100)
+        found["R2 of the angle"][part] = ridge_r2(turned[:, i], angle, rotated[:, i], angle_val)
+        found["effective rank"][part] = effective_rank(upright[:, i])
+    return found
 
-def compare(cfg, out):
-    """Print and write (compare.json) what the backbone of a run tells before and after training."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    side = stored_side(cfg.global_size)
-    train_data = load_images(cfg.data, "train", side)
-    val_data = load_images(cfg.data, "val", side)
-    torch.manual_seed(cfg.seed)
-    backbone = build_backbone(cfg.arch, cfg.global_size)  # as `Training` makes it
-    before = describe(backbone, cfg, train_data, val_data, device)
-    backbone.load_state_dict(torch.load(out / "backbone.pt", map_location=device, weights_only=True))
-    after = describe(backbone, cfg, train_data, val_data, device)
-    text = json.dumps(dict(before=before, after=after), indent=1)
-    write_whole(out / "compare.json", lambda file: file.write(text.encode()))
-    print_comparison(before, after)
-
-def print_comparison(before, after):
-    """Print two results of `describe` as a Markdown table."""
-    parts = list(after["effective rank"])
-    lines = ["", "| untrained -> trained | " + " | ".join(f"{part:14}" for part in parts) + " |"]
-    lines.append("|----------------------|" + "----------------|" * len(parts))
+def compare(cfg, train_data, val_data, untrained, trained, device):
+    """Print what two backbones tell (`describe`), as a Markdown table, and return both."""
+    before = describe(untrained, cfg, train_data, val_data, device)
+    after = describe(trained, cfg, train_data, val_data, device)
+    rows = []
     for what, row in after.items():
         digits = 2 if what == "R2 of the angle" else 1
-        cells = [f"{before[what][part]:.{digits}f} -> {row[part]:.{digits}f}" for part in parts]
-        lines.append(f"| {what:20} | " + " | ".join(f"{cell:14}" for cell in cells) + " |")
-    lines.append("\nOn held-out images, upright and turned by up to 90 degrees. k-NN in %. R2: 1 reads the "
-                 "angle exactly,\n0 not at all, below 0 worse than that.")
-    say("\n".join(lines))
+        cells = [f"{before[what][part]:.{digits}f} -> {row[part]:.{digits}f}" for part in row]
+        rows.append([what, *cells])
+    print_table("untrained -> trained", after["effective rank"], rows)
+    say("\nOn held-out images, upright and turned by up to 90 degrees. k-NN in %. R2: 1 reads the angle "
+        "exactly,\n0 not at all, below 0 worse than that.")
+    return dict(before=before, after=after)
 
+def compare_run(cfg, out):
+    """Compare the backbone of a run with the one that it began from; compare.json."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    train_data = load_images(cfg.data, "train", stored_side(cfg.global_size))
+    val_data = load_images(cfg.data, "val", stored_side(cfg.global_size))
+    torch.manual_seed(cfg.seed)
+    untrained = build_backbone(cfg.arch, cfg.global_size)  # as `Training` makes it
+    trained = build_backbone(cfg.arch, cfg.global_size)
+    trained.load_state_dict(torch.load(out / "backbone.pt", weights_only=True))
+    text = json.dumps(compare(cfg, train_data, val_data, untrained, trained, device), indent=1)
+    write(out / "compare.json", lambda file: file.write(text.encode()))
+
+def print_table(title, names, rows):
+    """Print a Markdown table of the columns named; each of the rows is a list of strings, its name first."""
+    say("")
+    for first, *cells in ([title, *names], ["-" * 20] + ["-" * 14] * len(names), *rows):
+        say(f"| {first:20} | " + " | ".join(f"{cell:14}" for cell in cells) + " |")
 
 # ======== 10. The command line
 
-GROUPS = dict(data="data", method="method", aug="views", epochs="optimisation", seed="run")  # first options
+# the first option of each group in --help
+GROUPS = dict(data="data", method="method", aug="views", epochs="optimisation", seed="run")
+MAY_CHANGE = ("out", "workers", "resume")  # when a run is resumed
 
 class Parser(argparse.ArgumentParser):
     """argparse, with a wrong option in one sentence."""
 
     def error(self, message):
         raise UserError(message)
-
-def flag(name):
-    """The command-line spelling of a field of `Config`."""
-    return "--" + name.replace("_", "-")
 
 def make_parser(values):
     """The parser of the fields of `Config`; its help shows those of `values`."""
@@ -1556,95 +1421,42 @@ def make_parser(values):
     for field in dataclasses.fields(Config):
         if field.name in GROUPS:
             group = parser.add_argument_group(GROUPS[field.name])
-        value = getattr(values, field.name)
-        shown = " ".join(map(str, value)) if field.type is tuple else value
-        about = dict(help=f"{field.metadata['help']} [{shown}]")
+        kind = dict(type=field.type, metavar="X")
+        if field.type is tuple:
+            kind = dict(type=float, nargs=2, metavar="X")
         if field.type is bool:
-            about.update(action="store_true")
-        elif field.type is tuple:
-            about.update(nargs=2, type=float, metavar="X")
-        else:
-            about.update(type=field.type, metavar="X", choices=field.metadata["choices"])
-        group.add_argument(flag(field.name), **about)
+            kind = dict(action="store_true")
+        words = f"{field.metadata['help']} [{getattr(values, field.name)}]"
+        group.add_argument(flag(field.name), help=words, **kind)
     return parser
-
-def tuples(values):
-    """Lists, as argparse and JSON have them, to the tuples of `Config`."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 def parse(argv):
     """The `Config` that a command line asks for: its options over the recipe. Raises UserError."""
     words = [word for word in argv if word not in ("-h", "--help")]
-    given = tuples(vars(make_parser(Config()).parse_args(words)))
+    given = vars(make_parser(Config()).parse_args(words))
     if given.get("resume"):
-        cfg = load_config(given.get("out", ""))
-        for name, value in given.items():
-            if name not in MAY_CHANGE and value != getattr(cfg, name):
-                raise UserError(f"{flag(name)} {value} differs from the run's {getattr(cfg, name)}; "
+        run = load_config(given.get("out") or "--out")
+        cfg = dataclasses.replace(run, **given)
+        for name in given:
+            if name not in MAY_CHANGE and getattr(cfg, name) != getattr(run, name):
+                raise UserError(f"{flag(name)} {given[name]} differs from the run's {getattr(run, name)}; "
                                 "leave it out, or start a new run in another --out")
-        cfg = dataclasses.replace(cfg, **given)
     else:
-        recipe = given.get("recipe", "auto")
-        if recipe == "auto":
-            recipe = RECIPE_OF.get(given.get("data", "patterns"), "paper")
-        cfg = Config(**{**RECIPES[recipe], **given, "recipe": recipe})
+        recipe = given.get("recipe", RECIPE_OF.get(given.get("data", "patterns"), "paper"))
+        cfg = Config(**{**RECIPES.get(recipe, {}), **given, "recipe": recipe})
         if given.get("ratio", cfg.ratio) != cfg.ratio:
             raise UserError(f"--method dino has no split; leave out --ratio {given['ratio']}")
     if words != argv:
         say(make_parser(cfg).format_help())
         raise SystemExit(0)
-    check(cfg)
-    if cfg.precision == "fp16" and not torch.cuda.is_available():
-        raise UserError("--precision fp16 is for a GPU; say bf16 or fp32")
-    if cfg.compile and not any(shutil.which(name) for name in ("cc", "gcc", "clang", "cl")):
-        raise UserError("--compile needs a C compiler (gcc or clang); install one")
     return cfg
 
 def load_config(out):
     """The configuration of a run, from its folder. Raises UserError if it holds none, or a damaged one."""
     try:
-        cfg = Config(**tuples(json.loads(Path(out, "config.json").read_text())))
-        for field in dataclasses.fields(Config):
-            value = getattr(cfg, field.name)
-            pair = field.type is not tuple or list(map(type, value)) == [float, float]
-            if type(value) is not field.type or not pair:
-                raise TypeError(f"{field.name} is {value!r}")
+        return Config(**json.loads(Path(out, "config.json").read_text()))
     except Exception as e:
-        raise UserError(f"{out or '--out'} is no folder of a run ({type(e).__name__}: {e}); name the --out "
-                        "of one")
-    check(cfg)
-    return cfg
-
-def check(cfg):
-    """Test what would fail late or silently, before anything is created. Raises UserError."""
-    for field in dataclasses.fields(Config):
-        value = getattr(cfg, field.name)
-        low, high = field.metadata["range"]
-        choices = field.metadata["choices"]
-        for number in value if isinstance(value, tuple) else (value,):
-            if field.type in (int, float, tuple) and not low <= number <= high:
-                raise UserError(f"{flag(field.name)} {number} must be between {low:g} and {high:g}")
-        if choices and value not in choices:
-            raise UserError(f"{flag(field.name)} {value} is unknown; expected one of {', '.join(choices)}")
-    if cfg.global_scale[0] > cfg.global_scale[1] or cfg.local_scale[0] > cfg.local_scale[1]:
-        raise UserError("--global-scale and --local-scale: the first number must not be over the second")
-    try:
-        with torch.device("meta"), torch.no_grad():
-            backbone = build_backbone(cfg.arch, cfg.global_size)
-            sizes = () if cfg.arch in ("vmamba_tiny", *VIT) else (cfg.global_size, cfg.local_size)
-            for size in sizes:
-                assert backbone(torch.empty(2, 3, size, size)).shape == (2, backbone.embed_dim)
-    except Exception as e:
-        raise UserError(f"--arch {cfg.arch} cannot be used for these views ({type(e).__name__}: {e}); take "
-                        f"vmamba_tiny, {', '.join(VIT)} or a convolutional network of torchvision")
-    patch = getattr(backbone, "patch_size", 1)
-    for name in ("global_size", "local_size"):
-        if getattr(cfg, name) % patch:
-            raise UserError(f"{flag(name)} {getattr(cfg, name)} must be a multiple of {patch}, the patch")
-    z_ir, z_ef = split(torch.empty(backbone.embed_dim), cfg.ratio)
-    if len(z_ir) == 0 or (len(z_ef) == 0 and cfg.method == "clever"):
-        raise UserError(f"--ratio {cfg.ratio} leaves {len(z_ir)} features to IR, {len(z_ef)} to EF; take one "
-                        "nearer to 0.8, or --method dino")
+        raise UserError(f"{out} is no folder of a run ({type(e).__name__}: {e}); name one")
 
 def guarded(name, work):
     """The exit code of a command: 0; 2 and a sentence for what the user can change; else what went wrong."""
@@ -1653,7 +1465,7 @@ def guarded(name, work):
     try:
         work()
     except UserError as e:
-        code, words = 2, str(e)
+        code, words = 2, str(e).split("UserError: ")[-1].strip()  # a loader's worker puts more before it
     except torch.OutOfMemoryError as e:
         code, words = 1, f"the GPU's memory is full; lower --batch, or use more GPUs ({e})"
     except KeyboardInterrupt:
@@ -1662,9 +1474,10 @@ def guarded(name, work):
         code, words = (1, e.code) if isinstance(e.code, str) else (e.code or 0, "")
     except Exception:
         code, words = 1, traceback.format_exc()
-    if words and (code == 1 or os.environ.get("LOCAL_RANK", "0") == "0"):  # wrong for all: said once
-        with suppress(OSError, ValueError, AttributeError):
-            print(f"{name}: {words}", file=sys.stderr, flush=True)
+    with suppress(OSError, ValueError, AttributeError):  # closed, none at all
+        sys.stdout.flush()
+        if words and (code == 1 or dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"):
+            print(f"{name}: {words}", file=sys.stderr, flush=True)  # what is wrong for all is said once
     return code
 
 def main(argv):
@@ -1672,25 +1485,17 @@ def main(argv):
     def work():
         cfg = parse(argv)
         out = train(cfg)
-        rank, world = distributed()
+        rank, _ = distributed()
         if dist.is_initialized():
             dist.destroy_process_group()  # on success alone: a failed rank would wait here for the others
-        if cfg.profile or rank > 0:
-            return
-        folder = shlex.quote(str(out))
-        if has_val(cfg.data):
+        if rank == 0 and has_val(cfg.data):
             try:
-                compare(cfg, out)
+                compare_run(cfg, out)
+                say(f"\nNext: python eval_linear.py {shlex.quote(str(out))} --quick")
             except UserError as e:
-                say(f"no comparison with the untrained backbone: {e}", sys.stderr)
-            say(f"\nNext: python eval_linear.py {folder} --quick")
-        if cfg.method == "clever" and not cfg.resume and not any(word.startswith("--ratio") for word in argv):
-            start = "python"
-            if world > 1:
-                start = f"torchrun --nproc-per-node {os.environ['LOCAL_WORLD_SIZE']}"
-            words = shlex.join([sys.argv[0], *argv])
-            say(f"The baseline: {start} {words} --method dino --out {folder}-dino")
+                say(f"no comparison with the untrained backbone: {e}")
     return guarded("clever.py", work)
 
 if __name__ == "__main__":
     os._exit(main(sys.argv[1:]))  # at once: neither a loader's worker nor another rank holds it up
+

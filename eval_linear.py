@@ -35,8 +35,10 @@ from clever import CHUNK, Config, UserError, distributed, generator, say
 
 # ======== 1. The options: the defaults are the paper's protocol
 
-def make_parser():
-    """The parser of the command line."""
+RATES = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3]  # for 256 images a step
+
+def parse(argv):
+    """The options of a command line. Raises UserError for one that is wrong, or that would be ignored."""
     parser = clever.Parser(prog="eval_linear.py", usage="[torchrun] eval_linear.py RUN [options]",
                            allow_abbrev=False, description="Evaluate a backbone. In brackets: the defaults.")
     add = parser.add_argument
@@ -45,53 +47,44 @@ def make_parser():
     add("--arch", default="", help="the architecture of --weights, as for clever.py")
     add("--ratio", type=float, default=1.0, help="rho of --weights: 0.8 for published CLeVER [1: no split]")
     add("--data", default="", help="as for clever.py [the run's]")
-    add("--parts", nargs="+", type=str.lower, choices=("all", "ir", "ef"), default=("all", "ir", "ef"),
-        help="what to probe [those that there are]")
+    add("--parts", nargs="+", choices=("all", "IR", "EF"), default=("all", "IR", "EF"), help="what to probe")
     add("--quick", action="store_true", help="train on features of the plain images, extracted once")
     add("--labels", type=float, default=1.0, help="fraction of the training labels, drawn class by class [1]")
     add("--epochs", type=int, default=100, help="passes over the training images [100]")
     add("--batch", type=int, default=256, help="images a step, over all processes [256]")
-    add("--lr", nargs="+", type=float, default=[0.001, 0.003, 0.01, 0.03, 0.1, 0.3],
-        help="for 256 images a step; held-out training images choose [0.001 0.003 0.01 0.03 0.1 0.3]")
+    add("--lr", nargs="+", type=float, default=RATES, help=f"held-out training images choose [{RATES}]")
     add("--finetune", action="store_true", help="train the backbone too, with AdamW")
     add("--curve", action="store_true", help="also accuracy against fixed angles and elastic strengths")
     add("--davis", default="", help="folder of DAVIS-2017: segment its validation videos instead")
     add("--visualize", default="", metavar="IMAGE", help="draw how IR, EF and attention turn with it instead")
     add("--out", default="", help="folder of eval.json and visualize.png [the run, or that of --weights]")
     add("--seed", type=int, default=0, help="of heads, crops and the draw of labels, not of test images [0]")
-    add("--precision", default="auto", choices=("auto", "bf16", "fp16", "fp32"), help="of the backbone")
     add("--workers", type=int, default=-1, help="processes that decode images [-1: one a core]")
-    return parser
-
-def parse(argv):
-    """The options of a command line. Raises UserError for one that is wrong, or that would be ignored."""
-    p = make_parser().parse_args(argv)
+    p = parser.parse_args(argv)
     p.probing = not (p.davis or p.visualize)
     ignored = []
     if p.run:
         ignored += ["--weights", "--arch", "--ratio"]  # the run has its own
     if p.finetune:
         ignored += ["--parts", "--quick", "--lr"]  # one head, on all
-    if p.davis:
-        ignored += ["--visualize"]
     if not p.probing:
         ignored += ["--data", "--parts", "--quick", "--labels", "--epochs", "--batch", "--lr", "--finetune",
-                    "--curve", "--seed", "--precision", "--workers"]
+                    "--curve", "--seed", "--workers"]
     for word in argv:
         if word.split("=")[0] in ignored:
             raise UserError(f"{word} would be ignored here; leave it out")
     if not p.run and not (p.weights and p.arch and (p.data or not p.probing)):
         raise UserError("name the folder of a run; or --weights, its --arch such as vit_small, and --data")
-    for value in (p.epochs, p.batch, p.labels, p.ratio, *p.lr):
-        if not 0 < value < math.inf:
-            raise UserError(f"{value}: --epochs, --batch, --labels, --ratio and --lr must be greater than 0")
-    if p.labels > 1 or p.ratio > 1:
-        raise UserError("--labels and --ratio must be at most 1")
+    if not all(0 < value < math.inf for value in (p.epochs, p.batch, *p.lr)):
+        raise UserError("--epochs, --batch and --lr must be greater than 0")
+    if p.seed < 0:
+        raise UserError(f"--seed {p.seed} must not be negative")
+    if not (0 < p.labels <= 1 and 0 < p.ratio <= 1):
+        raise UserError("--labels and --ratio must be greater than 0 and at most 1")
     if p.finetune:
         p.parts = ["all"]
         p.lr = [1.0]  # AdamW has its own
     return p
-
 
 # ======== 2. The backbone, from a run or from a file of others
 
@@ -126,19 +119,18 @@ def open_model(p):
         path = Path(p.weights)
         cfg = Config(method="dino" if p.ratio == 1 else "clever", arch=p.arch, ratio=p.ratio)
     cfg.data = p.data or cfg.data
-    cfg.precision = p.precision
+    cfg.precision = "auto"
     cfg.workers = p.workers
-    clever.check(cfg)
     if not p.probing and cfg.arch not in clever.VIT:
         raise UserError(f"--davis and --visualize need the patch tokens of a ViT, not {cfg.arch}")
     state = read_weights(path)
+    patch = None
     torch.manual_seed(cfg.seed)
     try:
-        patch = None
         if p.weights and cfg.arch in clever.VIT:
             patch = state["patch_embed.proj.weight"].shape[-1]
             cfg.global_size = patch * math.isqrt(state["pos_embed"].shape[1] - 1)
-        elif p.weights and cfg.arch.startswith("resnet") and state["conv1.weight"].shape[-1] == 3:
+        elif p.weights and cfg.arch in clever.RESNETS and state["conv1.weight"].shape[-1] == 3:
             cfg.global_size = 32  # the stem for small images
         untrained = clever.build_backbone(cfg.arch, cfg.global_size, patch_size=patch)  # as the run began
         for name in set(state) - set(untrained.state_dict()):
@@ -161,15 +153,12 @@ class Representation(nn.Module):
         self.backbone = backbone.to(device)
         self.cfg = cfg
         self.device = device
-        self.dtype = clever.pick_precision(cfg.precision, device)
-        if p.finetune and self.dtype is torch.float16:
-            self.dtype = torch.float32  # gradients in fp16 would need scaling
         self.vit = cfg.arch in clever.VIT
         D = backbone.embed_dim
         self.width = D * min(4, len(backbone.blocks)) if self.vit else D
         self.last = {}
         for part, i in clever.columns(D, cfg.ratio).items():
-            if part.lower() in p.parts:
+            if part in p.parts:
                 self.last[part] = i.to(device) + self.width - D
         if not self.last:
             raise UserError(f"--parts {p.parts[0]}: this model has no split (DINO, or ratio 1)")
@@ -179,12 +168,11 @@ class Representation(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, x):
-        with clever.autocast(self.device, self.dtype):
+        with clever.autocast(self.device, self.cfg.precision):
             if self.vit:
                 layers = self.backbone.get_intermediate_layers(x, 4)
                 return torch.cat([tokens[:, 0] for tokens in layers], -1).float()
             return self.backbone(x).float()
-
 
 # ======== 3. The images: a test view is a function of its position, not of model, seed or number of processes
 
@@ -195,8 +183,8 @@ KINDS = {
     "cj+rot": dict(jitter=True, rotate=True),
     "cj+rot+elastic": dict(jitter=True, rotate=True, alpha=100)}
 TABLE = list(KINDS)  # without the curves
-KINDS.update({f"rot={degrees}": dict(degrees=degrees) for degrees in range(0, 91, 15)})
-KINDS.update({f"elastic={alpha}": dict(alpha=alpha) for alpha in (0, 25, 50, 100, 150, 200)})
+KINDS.update({f"rot={degrees}": dict(degrees=degrees) for degrees in range(15, 91, 15)})
+KINDS.update({f"elastic={alpha}": dict(alpha=alpha) for alpha in (25, 50, 100, 150, 200)})
 
 def make_view(images, aspect, size, gen, share=(0, 1), crop=False, flip=False, jitter=False, rotate=False,
               degrees=0, alpha=0):
@@ -220,8 +208,8 @@ def make_view(images, aspect, size, gen, share=(0, 1), crop=False, flip=False, j
         noise = uniform(-1, 1, 2, size, size)
         shift = clever.elastic_shift(noise, alpha * size / 224, 5 * size / 224)
     if crop:
-        ratio = uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()
-        box = clever.crop_box(uniform(0.08, 1, 10), ratio, uniform(0, 1, 2), aspect)
+        shape = uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()
+        box = clever.crop_box(uniform(0.08, 1, 10), shape, uniform(0, 1, 2), aspect)
         x = clever.warp(images.float() / 255, size, box, flipped, angle, shift)
     else:
         x = clever.centre_view(images, aspect, size, flipped, angle, shift)
@@ -248,14 +236,12 @@ def open_splits(p, cfg):
         rows = balanced_draw(train.labels, p.labels, p.seed)
         paths = [train.paths[i] for i in rows] if train.paths else None
         pixels = None if train.paths else train.pixels[rows]
-        train = clever.Images(side, train.labels[rows], train.classes, paths, pixels)
+        train = clever.Images(side, train.labels[rows], train.classes, paths, pixels, mend=True)
     return train, val
 
 @torch.no_grad()
 def extract(model, data, kind):
-    """Features (N, F) of a split under a perturbation; each process computes its share of the chunks.
-
-    Raises UserError if more than 1 % of the images cannot be read."""
+    """Features (N, F) of a split under a perturbation; each process computes its share of the chunks."""
     rank, world = distributed()
     features = torch.zeros(len(data), model.width, device=model.device)
     starts = range(rank * CHUNK, len(data), world * CHUNK)
@@ -268,10 +254,7 @@ def extract(model, data, kind):
         features[start:start + CHUNK] = model(x)
     if world > 1:
         dist.all_reduce(features)  # the rows of other processes are zero here
-    data.name_bad()
-    data.refuse_bad()
     return features
-
 
 # ======== 4. The probes and the paper's table
 
@@ -305,7 +288,7 @@ def train_probes(p, model, data, bank):
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
     def indices():
-        for some in clever.batches(len(rows), Config(batch=batch, seed=p.seed), 0, steps, rank, world):
+        for some in clever.batches(len(rows), Config(batch=batch, seed=p.seed), 0, steps):
             yield rows[some].tolist()
 
     stream = data.stream(indices(), model.device, model.cfg.workers)  # starts when it is asked
@@ -329,17 +312,16 @@ def train_probes(p, model, data, bank):
         optimizer.step()
         schedule.step()
     model.requires_grad_(False)
-    data.name_bad()
     return choose(heads, model.linear, bank[held], labels[held])
 
 @torch.no_grad()
 def choose(heads, parts, z, y):
     """The best of heads {(part, rate): nn.Linear} on features (N, F), labels (N,): {part: (rate, head)}."""
     best = {}
-    most = {}
+    most = dict.fromkeys(parts, -1)
     for (part, rate), head in heads.items():
         hits = int((head(z[:, parts[part]]).argmax(1) == y).sum())
-        if hits > most.get(part, -1):
+        if hits > most[part]:
             most[part] = hits
             best[part] = rate, head
     return best
@@ -350,14 +332,8 @@ def accuracy(scores, labels):
     top = (1, 5) if scores.shape[1] > 5 else (1,)
     return [100 * float(hits[:, :k].any(1).double().mean()) for k in top]
 
-def print_table(title, columns, rows):
-    """Print a Markdown table; each of the rows is a list of strings, its name first."""
-    say("")
-    for first, *cells in ([title, *columns], ["-" * 20] + ["-" * 14] * len(columns), *rows):
-        say(f"| {first:20} | " + " | ".join(f"{cell:14}" for cell in cells) + " |")
-
 def evaluate(p, model, train, val):
-    """Train and test the probes and print their table: {section of eval.json: numbers}. Raises UserError."""
+    """Train and test the probes and print their table: a section of eval.json. Raises UserError."""
     labels = train.labels.to(model.device)
     truth = val.labels.to(model.device)
     extract(model, val, "orig")  # broken images are refused before the work, not after
@@ -380,17 +356,8 @@ def evaluate(p, model, train, val):
     for kind in kinds:
         rows.append([kind] + [" / ".join(f"{value:.1f}" for value in row[kind]) for row in table.values()])
     say(f"{len(train)} training and {len(val)} test images of {len(train.classes)} classes")
-    print_table("top-1 / top-5, %" if len(train.classes) > 5 else "top-1, %", table, rows)
-    rates = {part: rate for part, (rate, _) in probes.items()}
-    return {"finetune" if p.finetune else "probes": {**table, "learning rates": rates}}
-
-def compare(cfg, untrained, trained, train, val, device):
-    """Print what z, IR and EF tell of class and angle before and after training; the numbers of both."""
-    before = clever.describe(untrained, cfg, train, val, device)
-    after = clever.describe(trained, cfg, train, val, device)
-    clever.print_comparison(before, after)
-    return dict(rotation=dict(before=before, after=after))
-
+    clever.print_table("top-1 / top-5, %" if len(train.classes) > 5 else "top-1, %", table, rows)
+    return {**table, "learning rates": {part: rate for part, (rate, _) in probes.items()}}
 
 # ======== 5. Segmentation by label propagation (DAVIS-2017)
 
@@ -432,7 +399,7 @@ def jaccard(features, truth):
 
 @torch.no_grad()
 def davis(model, root):
-    """J of the objects in DAVIS-2017's validation videos, off patch tokens: {section of eval.json: numbers}.
+    """J of the objects in DAVIS-2017's validation videos, off patch tokens: a section of eval.json.
 
     Raises UserError if the folder has another layout."""
     patch = model.backbone.patch_size
@@ -442,11 +409,11 @@ def davis(model, root):
             features = []
             truth = []
             for path in sorted((root / "JPEGImages/480p" / video).glob("*.jpg")):
-                image = Image.open(path).convert("RGB")
-                w = image.width // patch
-                h = image.height // patch
-                pixels = pil_to_tensor(image.resize((w * patch, h * patch), Image.Resampling.BICUBIC))
-                x = clever.normalize(pixels[None].to(model.device) / 255)
+                pixels = pil_to_tensor(Image.open(path).convert("RGB"))  # (3, H, W)
+                h = pixels.shape[1] // patch
+                w = pixels.shape[2] // patch
+                x = F.interpolate(pixels[None], (h * patch, w * patch), mode="bicubic", antialias=True)
+                x = clever.normalize(x.to(model.device) / 255)
                 tokens = model.backbone.get_intermediate_layers(x)[0]  # (1, 1 + h * w, D)
                 features.append(tokens[0, 1:].unflatten(0, (h, w)))
                 mask = Image.open(root / "Annotations/480p" / video / f"{path.stem}.png")
@@ -457,8 +424,7 @@ def davis(model, root):
     objects = [J for video in scores.values() for J in video]
     mean = sum(objects) / len(objects)
     say(f"DAVIS-2017: J mean {mean:.3f} of {len(objects)} objects")
-    return dict(davis={"J mean": mean, "videos": scores})
-
+    return {"J mean": mean, "videos": scores}
 
 # ======== 6. Pictures: does EF turn with an image while IR stays?
 
@@ -485,7 +451,8 @@ def draw(model, path, tile=128):
         raise UserError(f"--visualize {path}: cannot be read ({e})")
     angle = torch.tensor(TURNS, device=model.device)
     pixels = pixels.to(model.device).expand(len(TURNS), -1, -1, -1)
-    images = clever.centre_view(pixels, torch.full_like(angle, aspect), size, angle > 90, angle)  # no flip
+    flip = torch.zeros_like(angle, dtype=torch.bool)
+    images = clever.centre_view(pixels, torch.full_like(angle, aspect), size, flip, angle)
     x = clever.normalize(images)
     tokens = model.backbone.get_intermediate_layers(x)[0][:, 1:]  # (T, n, D)
     attention = model.backbone.get_last_selfattention(x)[:, :, :1, 1:]  # (T, heads, 1, n), of the CLS token
@@ -503,50 +470,44 @@ def draw(model, path, tile=128):
             pen.text(place, f"{name}, {degrees:.0f} degrees", "white")
     return sheet
 
-
 # ======== 7. The command line
 
 def read_results(file):
     """The sections of an eval.json; {} where there is none. Raises UserError for a file of another kind."""
     try:
-        return dict(**json.loads(file.read_text()))
-    except FileNotFoundError:
-        return {}
+        return dict(**json.loads(file.read_text())) if file.exists() else {}
     except (OSError, ValueError, TypeError) as e:
         raise UserError(f"{file} holds no results of an evaluation ({e}); move it away")
 
-def add_results(file, results, p, cfg):
-    """Add sections to an eval.json, each named by the data, weights and labels of the command line."""
-    words = [p.data, p.weights and os.path.abspath(p.weights)]
+def add_results(out, section, numbers, p):
+    """Add a section to eval.json, named by the data, weights and labels of the command line too."""
+    words = [section, p.data, p.weights and os.path.abspath(p.weights)]
     if p.labels < 1:
         words.append(f"labels {p.labels}")
     if p.quick:
         words.append("quick")
-    settings = {**vars(p), "arch": cfg.arch, "ratio": cfg.ratio}
-    known = read_results(file)
-    for section, numbers in results.items():
-        name = " ".join(filter(None, [section, *words]))
-        known[name] = {**numbers, "settings": settings}
-    file.parent.mkdir(parents=True, exist_ok=True)
-    clever.write_whole(file, lambda f: f.write(json.dumps(known, indent=1).encode()))
-    say(f"written to {file}")
+    known = read_results(out / "eval.json")
+    known[" ".join(filter(None, words))] = {**numbers, "settings": vars(p)}
+    clever.write(out / "eval.json", lambda file: file.write(json.dumps(known, indent=1).encode()))
+    say(f"written to {out / 'eval.json'}")
 
 def run(p):
     """Evaluate as asked. Raises UserError."""
     # 1. Everything that may be refused, before anything is written.
     cfg, untrained, trained = open_model(p)
     out = Path(p.out or p.run or Path(p.weights).parent).absolute()
-    there = next(folder for folder in (out, *out.parents) if folder.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise UserError(f"--out {out} cannot be written; name another folder")
     read_results(out / "eval.json")
     if p.probing:
         train, val = open_splits(p, cfg)
     device = clever.setup(p.batch if p.probing else 0)
     model = Representation(trained, cfg, p, device)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise UserError(f"--out {out} cannot be written ({e.strerror}); name another folder")
     # 2. The probes, on all processes.
     if p.probing:
-        results = evaluate(p, model, train, val)
+        table = evaluate(p, model, train, val)
     rank, _ = distributed()
     if dist.is_initialized():
         dist.destroy_process_group()  # on success alone: a failed rank would wait here for the others
@@ -555,21 +516,19 @@ def run(p):
     # 3. The rest, on rank 0.
     if p.visualize:
         sheet = draw(model, p.visualize)
-        out.mkdir(parents=True, exist_ok=True)
-        clever.write_whole(out / "visualize.png", lambda file: sheet.save(file, "png"))
-        return say(f"written to {out / 'visualize.png'}")
-    if p.davis:
-        results = davis(model, Path(p.davis))
-    add_results(out / "eval.json", results, p, cfg)
-    if p.probing and not p.finetune:
-        rotation = compare(cfg, untrained, trained, train, val, device)
-        add_results(out / "eval.json", rotation, p, cfg)
+        clever.write(out / "visualize.png", lambda file: sheet.save(file, "png"))
+        say(f"written to {out / 'visualize.png'}")
+    elif p.davis:
+        add_results(out, "davis", davis(model, Path(p.davis)), p)
+    elif p.finetune:
+        add_results(out, "finetune", table, p)
+    else:
+        add_results(out, "probes", table, p)
+        add_results(out, "rotation", clever.compare(cfg, train, val, untrained, trained, device), p)
 
 def main(argv):
     """Evaluate as a command line says. Returns the exit code."""
     return clever.guarded("eval_linear.py", lambda: run(parse(argv)))
 
 if __name__ == "__main__":
-    exit_code = main(sys.argv[1:])
-    sys.stdout.flush()
-    os._exit(exit_code)  # at once: neither a loader's workers nor other ranks can hold it up
+    os._exit(main(sys.argv[1:]))  # at once: neither a loader's workers nor other ranks can hold it up

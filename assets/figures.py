@@ -42,11 +42,11 @@ for ax, (kind, title) in zip(axes, AXES.items()):
         curves = []
         for path in sorted(Path("runs").glob(f"c-{run}-?/eval.json")):
             for section in json.loads(path.read_text()).values():
-                if "rot=0" in section.get("linear all", {}):
+                if "rot=15" in section.get("linear all", {}):
                     curves.append(section["linear all"])
         if curves:
-            kinds = [name for name in curves[0] if name.startswith(kind)]
-            x = [float(name.split("=")[1]) for name in kinds]
+            kinds = ["orig"] + [name for name in curves[0] if name.startswith(kind + "=")]
+            x = [0.0] + [float(name.split("=")[1]) for name in kinds[1:]]
             band(ax, x, [[curve[name][0] for name in kinds] for curve in curves], label)
     ax.set_xlabel(title)
 axes[0].set_ylabel("linear probe, top-1, %")

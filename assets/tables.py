@@ -1,4 +1,4 @@
-"""The tables of assets/results.md, sections 1, 2 and 4, in Markdown, from the runs that its commands make.
+"""The tables of assets/results.md, sections 1, 2, 4 and 6, in Markdown, from the runs that its commands make.
 
     python assets/tables.py         in the folder that holds runs/; a table whose runs are missing is left out
 """
@@ -93,3 +93,22 @@ for ratio, pattern in (("0.5", "s-0.5-?"), ("0.8", "r-1-0.001-?"), ("0.9", "s-0.
                     row.append(cell([report[when][what][part] for report in reports], digits))
             rows.append(row)
 table(["ρ", "", "R² all", "R² IR", "R² EF", "k-NN all", "k-NN IR", "k-NN EF"], rows)
+
+# 6. The losses of EF on CIFAR-10
+rows = []
+for name in ("dino", "freed", "paper", "turn"):
+    runs = probes(f"e-{name}-?")
+    logs = last_epochs(f"e-{name}-?")
+    told = [sections["rotation quick"]["after"] for sections in read_json(f"e-{name}-?/eval.json")]
+    if runs:
+        row = [name, len(runs)]
+        for probe in ("linear all", "k-NN all"):
+            for kind in ("orig", "cj+rot"):
+                row.append(cell([run[probe][kind][0] for run in runs]))
+        for part in ("all", "IR", "EF"):
+            row.append(cell([after["R2 of the angle"][part] for after in told if part in after["R2 of the angle"]], 3))
+        for key in ("EF_own", "EF_other_view", "EF_other_image"):
+            row.append(cell([line[key] for line in logs if key in line], 3))
+        rows.append(row)
+table(["", "seeds", "linear orig", "linear cj+rot", "k-NN orig", "k-NN cj+rot", "R² all", "R² IR", "R² EF",
+       "same view", "other view", "other image"], rows)

@@ -49,8 +49,8 @@ def turn_loss(cfg, student, teacher, centres, heads):
     """L = L_CL + WEIGHT * L_Turn, with the arguments of `clever.clever_loss`."""
     L_CL = clever.invariance_loss(student[0], teacher[0], centres[0], teacher_temp=cfg.teacher_temp)
     angle = torch.stack(angles)  # (V, B)
-    e_teacher = turn_back(clever.wide(teacher[1].detach()), angle[:2])
-    e_student = turn_back(clever.wide(student[1]), angle)
+    e_teacher = turn_back(teacher[1].detach(), angle[:2])
+    e_student = turn_back(student[1], angle)
     cosine = torch.einsum("gbk,vbk->gvb", e_teacher, e_student)
     L_Turn = clever.mean_over_pairs(1 - cosine)
     return dict(L_CL=L_CL, L_Turn=L_Turn, loss=L_CL + WEIGHT * L_Turn)
