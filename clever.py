@@ -637,9 +637,11 @@ def cross_merge(y, H, W):
 
 def recurrence(decay, drive):
     """state_t = decay_t state_(t-1) + drive_t, from 0, along dimension 1 of both."""
-    states = [drive[:, 0]]
-    for i in range(1, drive.shape[1]):
-        states.append(decay[:, i] * states[-1] + drive[:, i])
+    states = []
+    state = torch.zeros_like(drive[:, 0])
+    for decay_t, drive_t in zip(decay.unbind(1), drive.unbind(1)):
+        state = torch.addcmul(drive_t, decay_t, state)
+        states.append(state)
     return torch.stack(states, 1)
 
 def scan(log_decay, drive, chunks):
