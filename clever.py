@@ -860,8 +860,8 @@ class Images(Dataset):
 
     def stream(self, index_lists, device, workers):
         """Yield (bytes (B, 3, S, S), aspect (B,)) on the device for each list of indices."""
-        if self.paths is None:
-            workers = 0
+        if self.paths is None and self.pixels.shape[-1] == self.side:
+            workers = 0  # nothing to do for them
         if workers < 0:
             workers = min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
         loader = DataLoader(self, batch_sampler=index_lists, num_workers=workers, worker_init_fn=quiet_worker,
@@ -1001,7 +1001,7 @@ class Training:
                 if cfg.arch != "vmamba_tiny":  # whose scan would be unrolled, for each size of map
                     net.backbone.compile(dynamic=False)
         self.ddp = self.student
-        if dist.is_initialized():
+        if distributed()[1] > 1:
             self.ddp = nn.parallel.DistributedDataParallel(self.student)
 
     def state_dict(self):
