@@ -1246,7 +1246,7 @@ def train(cfg):
     rank, _ = distributed()
     t = Training(cfg, len(data) // cfg.batch, device)
     augment = MultiCrop(cfg)
-    out, lock = open_folder(cfg) if rank == 0 else (Path(cfg.out), None)  # held until this function ends
+    out, lock = open_folder(cfg) if rank == 0 else (Path(cfg.out), None)  # the lock is held until the end
     if dist.is_initialized():
         dist.barrier()  # if rank 0 refuses the folder, the others end here
     if cfg.resume:

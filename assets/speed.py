@@ -50,8 +50,8 @@ def measure():
     clever.say(trace.key_averages().table(sort_by=order, row_limit=10, max_name_column_width=40))
     for phase, seconds in spent.items():
         clever.say(f"{phase:16} {1000 * seconds / steps:8.1f} ms a step, {seconds / total:.1%}")
-    clever.say(f"{cfg.batch * steps / total:.1f} images/s: {cfg.method}, {cfg.arch}, {cfg.aug}, batch {cfg.batch}, "
-               f"precision {cfg.precision}, torch {torch.__version__}")
+    clever.say(f"{cfg.batch * steps / total:.1f} images/s: {cfg.method}, {cfg.arch}, {cfg.aug}, "
+               f"batch {cfg.batch}, precision {cfg.precision}, torch {torch.__version__}")
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated() / 2 ** 30
         clever.say(f"peak memory {peak:.2f} GiB on {torch.cuda.get_device_name()}")

@@ -106,7 +106,8 @@ for name in ("dino", "freed", "paper", "turn"):
             for kind in ("orig", "cj+rot"):
                 row.append(cell([run[probe][kind][0] for run in runs]))
         for part in ("all", "IR", "EF"):
-            row.append(cell([after["R2 of the angle"][part] for after in told if part in after["R2 of the angle"]], 3))
+            found = [after["R2 of the angle"] for after in told]
+            row.append(cell([angle[part] for angle in found if part in angle], 3))
         for key in ("EF_own", "EF_other_view", "EF_other_image"):
             row.append(cell([line[key] for line in logs if key in line], 3))
         rows.append(row)
