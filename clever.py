@@ -32,7 +32,6 @@ import os
 import random
 import shlex
 import signal
-import struct
 import sys
 import time
 import traceback
@@ -48,9 +47,8 @@ import torchvision.transforms.functional as TF
 from filelock import FileLock, Timeout
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, Dataset
-from torchvision.ops import Permute
+from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 # ======== 1. The representation: z = f(v) is split in two, each part has a projection head
@@ -225,27 +223,23 @@ def option(default, help, *allowed):
 class Config:
     """Every option. The command line is made of it (section 10); DINO has ratio 1 whoever builds it."""
     # data
-    data: str = option("patterns", "patterns, cifar10, cifar100 or a folder: train/<class>/* and "
-                       "val/<class>/*, or images anywhere below it")
+    data: str = option("patterns", "patterns, cifar10, cifar100 or a folder, sorted by train/<class> or not")
     out: str = option("", "folder of the run; empty: runs/<data>-<method>-<aug>-<time>")
-    recipe: str = option("paper", "of the other defaults: paper, small, cifar, demo; or what fits the data",
-                         "paper", "small", "cifar", "demo")
+    recipe: str = option("paper", "paper, small, demo: of the other defaults", "paper", "small", "demo")
     workers: int = option(-1, "processes that decode images; -1: one a core, 16 at most", -1, 1024)
     # method
     method: str = option("clever", "clever, or dino: the baseline, without the split", "clever", "dino")
     ratio: float = option(0.8, "rho: the first int(rho * D) features are IR, the others EF", 0, 1)
     lambda_orth: float = option(1.0, "weight of L_Orth", 0, 1e6)
     lambda_reg: float = option(0.001, "weight of L_PReg", 0, 1e6)
-    arch: str = option("vit_tiny", "vit_micro, vit_tiny, vit_small, vit_base, resnet18, resnet34, resnet50, "
-                       "resnet101, vmamba_tiny")
+    arch: str = option("vit_tiny", "vit_micro, _tiny, _small, _base, resnet18, 34, 50, 101, vmamba_tiny")
     out_dim: int = option(65536, "K, prototypes of the IR head", 2, 1e7)
     ef_out_dim: int = option(0, "K', prototypes of the EF head; 0: as many as the IR head", 0, 1e7)
     hidden_dim: int = option(2048, "width of the heads' hidden layers", 1, 1e6)
     teacher_temp: float = option(0.04, "of the teacher's softmax; less if it is uniform", 1e-4, 10)
     momentum: float = option(0.996, "of the teacher at first, cosine to 1; less for short runs", 0, 1)
     # views
-    aug: str = option("caug", "baug: crops and colours; caug: and rotation; caug+: and elastic deformation",
-                      "baug", "caug", "caug+")
+    aug: str = option("caug", "baug; caug: and rotation; caug+: and elastic", "baug", "caug", "caug+")
     global_size: int = option(224, "side of the 2 global views in pixels", 8, 4096)
     local_size: int = option(96, "side of the local views in pixels", 8, 4096)
     local_views: int = option(8, "number of local views", 0, 100)
@@ -260,8 +254,7 @@ class Config:
     drop_path: float = option(0.1, "stochastic depth of the student's last block, 0 at its first", 0, 0.99)
     # run
     seed: int = option(0, "of everything random", 0, 2 ** 62)
-    precision: str = option("auto", "of the networks: fp32, bf16; auto: bf16 on a GPU, fp32 on a CPU",
-                            "auto", "fp32", "bf16")
+    precision: str = option("auto", "bf16, fp32; auto: bf16 on a GPU alone", "auto", "fp32", "bf16")
     compile: bool = option(False, "torch.compile the networks and the losses")
     resume: bool = option(False, "go on with the run in --out")
 
@@ -273,10 +266,7 @@ class Config:
             value = getattr(self, field.name)
             allowed = field.metadata["allowed"]
             if field.type is tuple:
-                value = tuple(value)  # argparse and JSON have lists
-                setattr(self, field.name, value)
-            if not isinstance(value, (int, float) if field.type is float else field.type):
-                raise UserError(f"{flag(field.name)} {value!r} must be of type {field.type.__name__}")
+                setattr(self, field.name, tuple(value))  # argparse and JSON have lists
             if field.type is str and allowed and value not in allowed:
                 raise UserError(f"{flag(field.name)} {value} is unknown; expected {', '.join(allowed)}")
             if field.type in (int, float, tuple):
@@ -295,18 +285,19 @@ def flag(name):
 # what smaller data changes of the paper's recipe
 RECIPES = dict(
     paper={},
-    cifar=dict(arch="resnet18", global_size=32, local_size=16, local_views=4, local_scale=(0.1, 0.4),
-               out_dim=4096, batch=256),
     small=dict(arch="vit_micro", global_size=32, local_size=16, local_views=2, local_scale=(0.1, 0.4),
                hidden_dim=512, out_dim=1024, teacher_temp=0.03, momentum=0.98,
                epochs=20, batch=64, lr=2e-3, freeze_epochs=0),
     demo=dict(arch="vit_micro", global_size=32, local_size=16, local_views=2, global_scale=(0.5, 1.0),
               local_scale=(0.2, 0.5), hidden_dim=512, out_dim=1024, teacher_temp=0.03,
               epochs=14, batch=64, lr=2e-3, freeze_epochs=14))  # frozen throughout
-RECIPE_OF = dict(patterns="demo", cifar10="cifar", cifar100="cifar")  # a folder: the paper's
+RECIPE_OF = dict(patterns="demo", cifar10="small", cifar100="small")  # a folder: the paper's
 
 class UserError(Exception):
     """A wrong input, in one sentence: what is wrong, what was expected, what to do. Exit code 2."""
+
+class RunError(Exception):
+    """What ends a run that had begun, in one sentence. Exit code 1."""
 
 # ======== 5. The views: geometric augmentations are changes of coordinates; compose them, sample once
 
@@ -620,130 +611,6 @@ def resnet(arch, img_size):
         net.maxpool = nn.Identity()
     return net.to(memory_format=torch.channels_last)
 
-# VMamba-Tiny (arXiv 2401.10166) reads a map (B, H, W, D) as sequences in 4 directions, of L = H W steps.
-
-def cross_scan(x):
-    """Reads a map by rows, by columns, and both backwards: (B, H, W, D) -> (B, L, 4, D)."""
-    rows = x.flatten(1, 2)  # (B, L, D)
-    columns = x.transpose(1, 2).flatten(1, 2)  # (B, L, D), L = W H
-    return torch.stack([rows, columns, rows.flip(1), columns.flip(1)], 2)
-
-def cross_merge(y, H, W):
-    """Undoes `cross_scan` and adds the 4 maps: (B, L, 4, D) -> (B, H, W, D)."""
-    right, down, left, up = y.unbind(2)  # each (B, L, D)
-    rows = (right + left.flip(1)).unflatten(1, (H, W))  # (B, H, W, D)
-    columns = (down + up.flip(1)).unflatten(1, (W, H))  # (B, W, H, D)
-    return rows + columns.transpose(1, 2)
-
-def recurrence(decay, drive):
-    """state_t = decay_t state_(t-1) + drive_t, from 0, along dimension 1 of both."""
-    states = []
-    state = torch.zeros_like(drive[:, 0])
-    for decay_t, drive_t in zip(decay.unbind(1), drive.unbind(1)):
-        state = torch.addcmul(drive_t, decay_t, state)
-        states.append(state)
-    return torch.stack(states, 1)
-
-def scan(log_decay, drive, chunks):
-    """The recurrence with decay exp(log_decay) along L of (B, L, 4, D), in chunks side by side (Mamba)."""
-    B = len(drive)
-    log_decay = log_decay.unflatten(1, (chunks, -1)).flatten(0, 1)  # (B * chunks, steps, 4, D)
-    drive = drive.unflatten(1, (chunks, -1)).flatten(0, 1)
-    states = recurrence(log_decay.exp(), drive)  # of each chunk, from 0: (B * chunks, steps, 4, D)
-    kept = log_decay.cumsum(1).exp()  # what is left of the state on entering the chunk
-    ends = recurrence(kept[:, -1].unflatten(0, (B, chunks)), states[:, -1].unflatten(0, (B, chunks)))
-    starts = F.pad(ends[:, :-1], (0, 0, 0, 0, 1, 0))  # a chunk starts where the last ended: (B, chunks, 4, D)
-    states = states + kept * starts.flatten(0, 1)[:, None]
-    return states.unflatten(0, (B, chunks)).flatten(1, 2)  # (B, L, 4, D)
-
-class SS2D(nn.Module):
-    """Selective scan (Mamba, 2312.00752) of a map in 4 directions, no gate: (B, H, W, D) -> (B, H, W, D).
-
-    In each direction, with delta_t = softplus(dt_projs r_t + bias), A = -exp(A_logs) and Mamba's B, C as
-    write, read: state_t = exp(delta_t A) state_(t-1) + delta_t write_t u_t, y_t = read_t state_t + Ds u_t."""
-
-    def __init__(self, dim):
-        super().__init__()
-        R = math.ceil(dim / 16)  # rank of the time step
-        dt = 10 ** torch.empty(4, dim).uniform_(-3, -1)
-        self.x_proj_weight = nn.Parameter(torch.empty(4, R + 2, dim))
-        self.dt_projs_weight = nn.Parameter(torch.empty(4, dim, R))
-        self.dt_projs_bias = nn.Parameter(dt.expm1().log())  # its softplus is dt
-        self.A_logs = nn.Parameter(torch.zeros(4 * dim, 1))
-        self.Ds = nn.Parameter(torch.ones(4 * dim))
-        self.out_norm = nn.LayerNorm(dim)
-        self.in_proj = nn.Linear(dim, dim, bias=False)
-        self.conv2d = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
-        self.out_proj = nn.Linear(dim, dim, bias=False)
-        for weight in (self.x_proj_weight, self.dt_projs_weight):
-            bound = weight.shape[2] ** -0.5
-            nn.init.uniform_(weight, -bound, bound)
-
-    def selective_scan(self, v):
-        """The sum over the directions of y, of a map (B, H, W, D), in the parameters' dtype."""
-        H, W, D = v.shape[1:]
-        u = cross_scan(v)  # (B, L, 4, D)
-        p = torch.einsum("blkd,kpd->blkp", u, self.x_proj_weight)  # (B, L, 4, R + 2)
-        with torch.autocast(v.device.type, enabled=False):  # half precision would lose the state
-            u = u.to(self.Ds.dtype)
-            r, write_t, read_t = p.to(self.Ds.dtype).tensor_split([-2, -1], 3)  # (B, L, 4, R or 1)
-            delta = torch.einsum("blkr,kdr->blkd", r, self.dt_projs_weight) + self.dt_projs_bias
-            delta = F.softplus(delta)  # (B, L, 4, D)
-            A = -self.A_logs.exp().view(4, D)
-            state = scan(delta * A, delta * write_t * u, chunks=H)
-            return cross_merge(read_t * state + self.Ds.view(4, D) * u, H, W)
-
-    def forward(self, x):
-        x = self.in_proj(x).permute(0, 3, 1, 2)  # (B, D, H, W)
-        v = F.silu(self.conv2d(x)).permute(0, 2, 3, 1)  # (B, H, W, D)
-        return self.out_proj(self.out_norm(self.selective_scan(v)))
-
-class VSSBlock(nn.Module):
-    """x + SS2D(norm(x)), then x + MLP(norm2(x)) (VMamba): (B, H, W, D) -> (B, H, W, D)."""
-
-    def __init__(self, dim, drop_path):
-        super().__init__()
-        self.drop_path = drop_path
-        self.norm = nn.LayerNorm(dim)
-        self.op = SS2D(dim)
-        self.norm2 = nn.LayerNorm(dim)
-        self.mlp = mlp(dim)
-
-    def forward(self, x):
-        # autograd would keep every state of the scan: the backward computes them again
-        y = checkpoint(self.op, self.norm(x), use_reentrant=False)
-        x = x + stochastic_depth(y, self.drop_path, self.training)
-        return x + stochastic_depth(self.mlp(self.norm2(x)), self.drop_path, self.training)
-
-def halve(dim, wider):
-    """Layers that halve the sides: (B, dim, H, W) -> (B, H / 2, W / 2, wider)."""
-    return nn.Conv2d(dim, wider, 3, stride=2, padding=1), Permute([0, 2, 3, 1]), nn.LayerNorm(wider)
-
-class VMamba(nn.Module):
-    """VMamba-Tiny without its classifier: (B, 3, any height, any width) -> (B, dims[-1])."""
-
-    def __init__(self, drop_path=0.2, dims=(96, 192, 384, 768), depths=(2, 2, 8, 2)):
-        super().__init__()
-        self.embed_dim = dims[-1]
-        narrow = dims[0] // 2
-        channel_first = Permute([0, 3, 1, 2])
-        stem = [*halve(3, narrow), channel_first, nn.GELU(), *halve(narrow, dims[0])]
-        self.patch_embed = nn.Sequential(*stem)
-        rates = [drop_path * i / (sum(depths) - 1) for i in range(sum(depths))]
-        self.layers = nn.Sequential()
-        for i, depth in enumerate(depths):
-            blocks = [VSSBlock(dims[i], rates.pop(0)) for _ in range(depth)]
-            stage = nn.Sequential(OrderedDict(blocks=nn.Sequential(*blocks)))
-            if i + 1 < len(depths):
-                stage.add_module("downsample", nn.Sequential(channel_first, *halve(dims[i], dims[i + 1])))
-            self.layers.append(stage)
-        self.classifier = nn.Sequential(OrderedDict(norm=nn.LayerNorm(dims[-1])))
-        init_linear(self)
-
-    def forward(self, x):
-        x = self.layers(self.patch_embed(x))  # (B, H / 32, W / 32, D)
-        return self.classifier(x).mean((1, 2))
-
 def build_backbone(arch, img_size, drop_path=0.0, patch_size=None):
     """A backbone f with .embed_dim: (N, 3, H, W) -> (N, D). img_size: side of the global views in pixels.
 
@@ -754,6 +621,7 @@ def build_backbone(arch, img_size, drop_path=0.0, patch_size=None):
     if arch in RESNETS:
         return resnet(arch, img_size)
     if arch == "vmamba_tiny":
+        from assets.vmamba import VMamba
         return VMamba(2 * drop_path)  # its authors' 0.2 where ViTs have 0.1
     raise UserError(f"--arch {arch} is unknown; expected {', '.join((*VIT, *RESNETS))} or vmamba_tiny")
 
@@ -799,10 +667,6 @@ def draw_patterns(count, seed, side=32):
     pixels = (image.clamp(0, 1) * 255).byte()[:, None]  # (count, 1, side, side)
     return pixels.expand(-1, 3, -1, -1).contiguous(), labels
 
-# what Pillow raises for a broken file
-BROKEN = (OSError, ValueError, TypeError, LookupError, ArithmeticError, SyntaxError, EOFError,
-          NotImplementedError, struct.error, Image.DecompressionBombError)
-
 def squash(pixels, side):
     """Bytes (3, H, W) -> (3, side, side), bicubic."""
     return F.interpolate(pixels[None], (side, side), mode="bicubic", antialias=True)[0]
@@ -810,25 +674,27 @@ def squash(pixels, side):
 def decode(path, side):
     """An image file, turned as its EXIF says, squashed to bytes (3, side, side), and its width / height.
 
-    Raises one of `BROKEN` for what is no image of 8 or 16 bits."""
+    Raises UserError for a file that Pillow cannot read, or of more than 16 bits a pixel."""
     if not os.path.isfile(path):  # to open a pipe would hang
-        raise OSError("no regular file")
-    with Image.open(path) as image:
-        image.draft("RGB", (side, side))  # a JPEG decodes smaller, but no less
-        ImageOps.exif_transpose(image, in_place=True)
-        if image.mode in ("I", "F"):
-            raise ValueError("pixels of 32 bits have no known range")
-        if image.mode.startswith("I;16"):  # keep the upper 8 bits
-            image = image.point(lambda value: value / 256).convert("L")
-        aspect = image.width / image.height
-        pixels = TF.pil_to_tensor(image.convert("RGB"))  # (3, H, W)
-    return squash(pixels, side), aspect
+        raise UserError(f"{path} is no regular file; remove it")
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (side, side))  # a JPEG decodes smaller, but no less
+            image = ImageOps.exif_transpose(image)
+            if image.mode in ("I", "F"):
+                raise ValueError("pixels of 32 bits have no known range")
+            if image.mode.startswith("I;16"):  # keep the upper 8 bits
+                image = image.point(lambda value: value / 256).convert("L")
+            pixels = TF.pil_to_tensor(image.convert("RGB"))  # (3, H, W)
+    except Exception as e:  # the readers of Pillow raise many kinds
+        raise UserError(f"{path} cannot be read ({e}); mend or remove it")
+    return squash(pixels, side), image.width / image.height
 
 class Images(Dataset):
     """The training or the test images of a data set, as files (`paths`) or as bytes in memory (`pixels`).
 
-    Item i: bytes (3, S, S) and width / height. A broken file raises UserError, or if `mend` is true it is
-    named, and the next good one takes its place."""
+    Item i: bytes (3, S, S) and width / height. A file that `decode` refuses ends the run, or if `mend` is
+    true it is named, and the next good one takes its place."""
 
     def __init__(self, side, labels, classes, paths=None, pixels=None, mend=False):
         self.side = side
@@ -837,26 +703,21 @@ class Images(Dataset):
         self.paths = paths
         self.pixels = pixels
         self.mend = mend
-        self.named = set()  # broken files
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, i):
         if self.paths is None:
-            return squash(self.pixels[i], self.side), torch.tensor(1.0)
+            return squash(self.pixels[i], self.side), 1.0
         for k in range(i, i + 100):
-            path = self.paths[k % len(self)]
             try:
-                pixels, aspect = decode(path, self.side)
-                return pixels, torch.tensor(aspect)
-            except BROKEN as e:
+                return decode(self.paths[k % len(self)], self.side)
+            except UserError as e:
                 if not self.mend:
-                    raise UserError(f"{path} cannot be read ({e}); mend or remove it")
-                if path not in self.named:
-                    print(f"warning: {path} cannot be read ({e}); another takes its place", file=sys.stderr)
-                    self.named.add(path)
-        raise UserError(f"{path} and the 99 images before it cannot be read; mend or remove them")
+                    raise
+                print(f"warning: {e}; the next image takes its place", file=sys.stderr)
+        raise UserError("a hundred images in a row cannot be read; mend or remove them")
 
     def stream(self, index_lists, device, workers):
         """Yield (bytes (B, 3, S, S), aspect (B,)) on the device for each list of indices."""
@@ -867,16 +728,15 @@ class Images(Dataset):
         loader = DataLoader(self, batch_sampler=index_lists, num_workers=workers, worker_init_fn=quiet_worker,
                             pin_memory=device.type == "cuda")
         for pixels, aspect in loader:
-            yield pixels.to(device, non_blocking=True), aspect.to(device, non_blocking=True)
+            yield pixels.to(device, non_blocking=True), aspect.to(device, torch.float32, non_blocking=True)
 
 def quiet_worker(_):
-    """A stop signal is for the main process: it finishes its step, with the data its workers still bring."""
+    """Ctrl-C is for the main process, which finishes its step with the data that its workers still bring."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 def has_val(data):
     """Whether a data set has labelled images held out; a folder needs train/ and val/."""
-    return not os.path.isdir(data) or all(os.path.isdir(f"{data}/{subset}") for subset in ("train", "val"))
+    return not os.path.isdir(data) or os.path.isdir(f"{data}/train") and os.path.isdir(f"{data}/val")
 
 PICTURES = ("crops.png", "visualize.png")  # of runs: no data
 
@@ -887,34 +747,29 @@ def load_images(data, subset, side):
         return Images(side, labels, list("0123456789"), pixels=pixels)
     if data in ("cifar10", "cifar100"):
         kind = getattr(torchvision.datasets, data.upper())
-        os.makedirs(".data", exist_ok=True)
-        with FileLock(".data/lock"):  # one process of a machine downloads, the others wait
-            try:
+        try:
+            with FileLock(".data.lock"):  # one process of a machine downloads, the others wait
                 cifar = kind(".data", train=subset == "train", download=True)
-            except (OSError, RuntimeError) as e:
-                raise UserError(f"--data {data}: neither in .data nor to be downloaded ({e}); name a folder")
+        except (OSError, RuntimeError) as e:
+            raise UserError(f"--data {data}: neither in .data nor to be downloaded ({e}); name a folder")
         pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()  # (N, 3, 32, 32)
         return Images(side, cifar.targets, cifar.classes, pixels=pixels)
-    if not os.path.isdir(data):
-        raise UserError(f"--data {data} is no folder, and none of patterns, cifar10, cifar100")
-    if subset == "val" and not has_val(data):
-        raise UserError(f"--data {data} has no train/ and val/; expected {{train,val}}/<class>/<images>")
     root = os.path.join(data, subset)
-    if not os.path.isdir(root):  # images without labels, anywhere below the folder
+    if subset == "train" and not has_val(data):  # images without labels, anywhere below the folder
         root = data
-    endings = torchvision.datasets.folder.IMG_EXTENSIONS
     paths = []
     for folder, _, names in os.walk(root, followlinks=True):
         for name in names:
-            if name.lower().endswith(endings) and name not in PICTURES:
+            if name.lower().endswith(IMG_EXTENSIONS) and name not in PICTURES:
                 paths.append(os.path.join(folder, name))
     if not paths:
-        raise UserError(f"--data {data}: {root} holds no image; expected {', '.join(endings)}")
+        raise UserError(f"--data {data}: no image in {root}; expected patterns, cifar10, cifar100, or a folder: "
+                        f"train/<class>/* and val/<class>/*, or images ({' '.join(IMG_EXTENSIONS)})")
     paths.sort()
-    classes = [os.path.relpath(path, root).split(os.sep)[0] for path in paths]  # the folders in root
-    known = sorted(set(classes))
-    index = {name: c for c, name in enumerate(known)}
-    return Images(side, [index[name] for name in classes], known, paths=paths, mend=subset == "train")
+    names = [os.path.relpath(path, root).split(os.sep)[0] for path in paths]  # the folders in root
+    classes = sorted(set(names))
+    index = {name: c for c, name in enumerate(classes)}
+    return Images(side, [index[name] for name in names], classes, paths, mend=subset == "train")
 
 def batches(count, cfg, start, stop):
     """Yield this process's image indices of each step; an epoch's order is a function of (seed, epoch)."""
@@ -929,7 +784,7 @@ def batches(count, cfg, start, stop):
 
 # ======== 8. The loop: what changes while training, collapse metrics, checkpoints, log
 
-LOOK_EVERY = 10  # steps between looks at a GPU's results, and lines of the log: to look is to wait
+LOOK_EVERY = 10  # steps between looks at the results, each a line of the log: to look is to wait for a GPU
 SAVE_EVERY = 600  # seconds between checkpoints; each epoch ends with one
 
 def distributed():
@@ -971,17 +826,10 @@ class Training:
         self.steps_per_epoch = steps_per_epoch
         self.device = torch.device(device)
         self.step = 0
-        self.begin_epoch()
         torch.manual_seed(cfg.seed)
-        self.student = CLeVER(cfg, cfg.drop_path)
-        self.teacher = CLeVER(cfg).requires_grad_(False)  # in train mode too, but without drop path
+        self.student = CLeVER(cfg, cfg.drop_path).to(device)
+        self.teacher = CLeVER(cfg).to(device).requires_grad_(False)  # without drop path
         self.teacher.load_state_dict(self.student.state_dict())
-        if distributed()[1] > 1 and self.device.type == "cuda":  # batch norm over the whole batch
-            self.student = nn.SyncBatchNorm.convert_sync_batchnorm(self.student)
-            self.teacher = nn.SyncBatchNorm.convert_sync_batchnorm(self.teacher)
-        self.student.to(self.device)
-        self.teacher.to(self.device)
-
         decayed = [p for p in self.student.parameters() if p.ndim > 1]
         others = [p for p in self.student.parameters() if p.ndim <= 1]  # biases and norms
         groups = [dict(params=decayed), dict(params=others, weight_decay=0.0)]
@@ -991,90 +839,43 @@ class Training:
         self.lr = cosine_schedule(cfg.lr * cfg.batch / 256, MIN_LR, steps, warmup)
         self.weight_decay = cosine_schedule(*cfg.weight_decay, steps)
         self.momentum = cosine_schedule(cfg.momentum, 1.0, steps)
-
         self.loss = clever_loss
+        self.ddp = self.student
+        several = distributed()[1] > 1
+        for net in (self.student, self.teacher):
+            if several and self.device.type == "cuda":
+                nn.SyncBatchNorm.convert_sync_batchnorm(net)  # in place: statistics of the whole batch
+            if cfg.compile:
+                for part in (net.backbone, *net.heads):
+                    part.compile(dynamic=False)
         if cfg.compile:
             self.loss = torch.compile(clever_loss)
-            for net in (self.student, self.teacher):
-                for head in net.heads:
-                    head.compile(dynamic=False)
-                if cfg.arch != "vmamba_tiny":  # whose scan would be unrolled, for each size of map
-                    net.backbone.compile(dynamic=False)
-        self.ddp = self.student
-        if distributed()[1] > 1:
+        if several:
             self.ddp = nn.parallel.DistributedDataParallel(self.student)
-
-    def state_dict(self):
-        """Everything that a resumed run needs, as plain tensors and numbers."""
-        return dict(student=self.student.state_dict(), teacher=self.teacher.state_dict(),
-                    optimizer=self.optimizer.state_dict(), step=self.step)
-
-    def load_state_dict(self, state):
-        """Raises an exception if a part is missing or does not fit."""
-        self.student.load_state_dict(state["student"])
-        self.teacher.load_state_dict(state["teacher"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        for p, moments in self.optimizer.state.items():  # of another shape they would crash AdamW
-            if not p.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
-                raise ValueError("the optimiser's state has another shape")
-        if not 0 <= state["step"] <= len(self.lr):
-            raise ValueError("its step is not one of this run")
-        self.step = state["step"]
-        self.begin_epoch()
-
-    def begin_epoch(self):
-        """Forget the steps before."""
-        self.sums = {}  # of the loss terms, on the device
-        self.last = None  # features and logits of the epoch's last step, for `look`
-        self.first_step = self.step
-        self.first_time = time.monotonic()
-
-    def count(self, terms):
-        """Count a step and add its loss terms to the epoch's, without waiting for the device."""
-        self.step += 1
-        for name, term in terms.items():
-            self.sums[name] = self.sums.get(name, 0.0) + term.double()
-
-    def line(self):
-        """For the log: the loss terms, means over the epoch so far and all processes, and more.
-
-        Waits for the device. Raises SystemExit if a term is not finite."""
-        steps = self.step - self.first_step
-        means = mean_over_processes(torch.stack([*self.sums.values()]) / steps).tolist()
-        for name, mean in zip(self.sums, means):
-            if not math.isfinite(mean):
-                raise SystemExit(f"{name} is not finite at step {self.step}; the checkpoint is from before. "
-                                 "Begin again in another --out, with a lower --lr or --precision fp32")
-        speed = steps * self.cfg.batch / (time.monotonic() - self.first_time)
-        return dict(step=self.step, epoch=self.step / self.steps_per_epoch, **dict(zip(self.sums, means)),
-                    lr=self.lr[self.step - 1], images_per_second=speed)
-
-def effective_rank(features):
-    """RankMe (arXiv 2210.02885): exp of the entropy of the normalised singular values of features (N, d)."""
-    s = torch.linalg.svdvals(features.double())
-    share = s / s.sum() + 1e-7
-    return float(torch.exp(-(share * share.log()).sum()))
 
 def collapse_metrics(features, P, Q):
     """How a part may have collapsed: features (G, B, d); P (G, B, K) of the teacher, Q of the student.
 
     entropy: of P, on average (ln K: uniform); kl_uniform: of the mean P (ln K: one prototype takes all); std:
-    of the normalised features, times sqrt(d) (0: constant, about 1: healthy); rank: the effective one; own,
-    other_view, other_image: the mean cosine of P with Q of the same view, of the other global view of the
-    image, of another image. Where the first two agree, the output does not know the view."""
+    of the normalised features, times sqrt(d) (0: constant, about 1: healthy); rank: RankMe (2210.02885), exp
+    of the entropy of the singular values; own, other_view, other_image: the mean cosine of P with Q of the same
+    view, of the image's other global view, of another image. Equal own and other_view: the view is not known."""
     mean = P.mean((0, 1), dtype=torch.float64)  # (K,)
-    unit = F.normalize(features.double(), dim=-1).flatten(0, 1)  # (G * B, d)
+    features = features.double().flatten(0, 1)  # (G * B, d)
+    unit = F.normalize(features, dim=-1)
+    singular = torch.linalg.svdvals(features)
+    share = singular / singular.sum() + 1e-7
     return dict(
         entropy=float(-torch.special.xlogy(P, P).sum(-1).mean()),
         kl_uniform=float(math.log(len(mean)) + torch.special.xlogy(mean, mean).sum()),
         std=float(unit.std(0).mean() * unit.shape[1] ** 0.5),
-        rank=effective_rank(features.flatten(0, 1)),
+        rank=float((-share * share.log()).sum().exp()),
         own=float(F.cosine_similarity(P, Q, dim=-1).mean()),
         other_view=float(F.cosine_similarity(P, Q.flip(0), dim=-1).mean()),
         other_image=float(F.cosine_similarity(P, Q.roll(1, 1), dim=-1).mean()))
 
 def collapse_alarm(part, m, K):
-    """One sentence when the `collapse_metrics` m of a part say collapse, with what to try; else ""."""
+    """A sentence when the `collapse_metrics` m of a part with K prototypes say collapse; else ""."""
     if part == "EF" and m["own"] - m["other_view"] < 0.05:
         return (f"EF IS TRIVIAL: its output does not know the view (cosine with its own {m['own']:.3f}, with "
                 f"another view {m['other_view']:.3f}, another image {m['other_image']:.3f}).")
@@ -1087,44 +888,38 @@ def collapse_alarm(part, m, K):
     return ""
 
 def look(t):
-    """After an epoch: the `collapse_metrics`, {"IR_entropy": ...}, and the alarm, or "", of each part."""
+    """At an epoch's end: the `collapse_metrics`, {"IR_entropy": ...}, and {part: alarm} of those that ring."""
     z, teacher, student = t.last
     metrics = {}
-    alarms = []
-    parts = zip(PARTS, split(z, t.cfg.ratio), t.teacher.heads, teacher, student)
-    for part, features, head, teacher_logits, student_logits in parts:
-        P = gather(sharpen(teacher_logits, head.centre, t.cfg.teacher_temp))  # (G, B, K)
-        Q = gather(F.softmax(student_logits / STUDENT_TEMP, dim=-1))
-        measured = collapse_metrics(gather(features), P, Q)
-        metrics.update({f"{part}_{name}": value for name, value in measured.items()})
-        alarms.append(collapse_alarm(part, measured, P.shape[-1]))
+    alarms = {}
+    for i, head in enumerate(t.teacher.heads):
+        features = gather(split(z, t.cfg.ratio)[i])  # (G, B, d)
+        P = gather(sharpen(teacher[i], head.centre, t.cfg.teacher_temp))  # (G, B, K)
+        Q = gather(F.softmax(student[i] / STUDENT_TEMP, dim=-1))
+        found = collapse_metrics(features, P, Q)
+        metrics.update({f"{PARTS[i]}_{name}": value for name, value in found.items()})
+        alarm = collapse_alarm(PARTS[i], found, P.shape[-1])
+        if alarm:
+            alarms[PARTS[i]] = alarm
     return metrics, alarms
 
-def say(text):
-    """Print beside the progress bar, on rank 0; a closed pipe or a full disk does not end a run."""
+def say(text, file=None):
+    """Print, or write to a file, on rank 0; a closed pipe or a full disk does not end a run."""
     with suppress(OSError, ValueError, AttributeError):  # full, closed, none at all
         if distributed()[0] == 0:
-            tqdm.write(text)
-            sys.stdout.flush()
+            file = file or sys.stdout
+            tqdm.write(text, file)  # beside the progress bar
+            file.flush()
 
-def log(path, line):
-    """Append a dict to log.jsonl, on rank 0. A full disk costs a warning, not the run."""
-    try:
-        if distributed()[0] == 0:
-            with open(path, "a") as file:
-                file.write(json.dumps(line) + "\n")
-    except OSError as e:
-        say(f"warning: {path} cannot be written ({e})")
-
-def write(path, fill):
-    """Let fill(file) fill a file aside, then rename it: a reader sees the old one or the new, no part.
-
-    A full disk costs a warning, not the run. Returns whether it worked."""
-    aside = path.with_name(path.name + ".tmp")
+def write(path, content):
+    """Write a text, or as torch.save does, aside, then rename. Returns whether it worked, or warns."""
+    aside = Path(f"{path}.tmp")
     try:
         with open(aside, "wb") as file:
-            fill(file)
-            file.flush()
+            if isinstance(content, str):
+                file.write(content.encode())
+            else:
+                torch.save(content, file)
             os.fsync(file.fileno())
         os.replace(aside, path)
         return True
@@ -1133,21 +928,23 @@ def write(path, fill):
         return False
 
 def open_folder(cfg):
-    """Make the folder of a run, lock it, write config.json: (path, the lock to hold). Raises UserError."""
+    """The folder of a run, with its config.json, and the lock that rank 0 holds until the end."""
     now = time.strftime("%m%d-%H%M%S")
     out = Path(cfg.out or f"runs/{Path(cfg.data).resolve().name}-{cfg.method}-{cfg.aug}-{now}")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(out / "lock")
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"another process is writing to --out {out}; wait for it, or stop it")
-    except OSError as e:
-        raise UserError(f"--out {out} cannot be written ({e.strerror}); name another folder")
-    if not cfg.resume and (out / "checkpoint.pt").exists():
-        raise UserError(f"--out {out} holds a run; go on with --resume, or name another folder")
-    config = json.dumps({**vars(cfg), "out": str(out), "resume": False}, indent=1)
-    write(out / "config.json", lambda file: file.write(config.encode()))
+    lock = FileLock(out / "lock", timeout=0)
+    if distributed()[0] == 0:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            lock.acquire()
+        except Timeout:
+            raise UserError(f"another process is writing to --out {out}; wait for it, or stop it")
+        except OSError as e:
+            raise UserError(f"--out {out} cannot be written ({e.strerror}); name another folder")
+        if not cfg.resume and (out / "checkpoint.pt").exists():
+            raise UserError(f"--out {out} holds a run; go on with --resume, or name another folder")
+        write(out / "config.json", json.dumps({**vars(cfg), "out": str(out), "resume": False}, indent=1))
+    if dist.is_initialized():
+        dist.barrier()  # the others go on when rank 0 has the folder
     return out, lock
 
 def save(t, data, out):
@@ -1155,13 +952,12 @@ def save(t, data, out):
     if distributed()[0] > 0:
         return True
     if not all(p.isfinite().all() for p in t.student.parameters()):
-        raise SystemExit(f"a weight is not finite at step {t.step}; the last checkpoint is from before")
-    lines = out / "log.jsonl"
-    log_bytes = lines.stat().st_size if lines.exists() else 0
-    state = dict(training=t.state_dict(), images=len(data), log_bytes=log_bytes)
-    backbone = t.teacher.backbone.state_dict()
-    return (write(out / "backbone.pt", lambda file: torch.save(backbone, file))
-            and write(out / "checkpoint.pt", lambda file: torch.save(state, file)))
+        raise RunError(f"a weight is not finite at step {t.step}; the last checkpoint is from before")
+    journal = out / "log.jsonl"
+    log_bytes = journal.stat().st_size if journal.exists() else 0
+    state = dict(student=t.student.state_dict(), teacher=t.teacher.state_dict(), step=t.step,
+                 optimizer=t.optimizer.state_dict(), images=len(data), log_bytes=log_bytes)
+    return write(out / "backbone.pt", t.teacher.backbone.state_dict()) and write(out / "checkpoint.pt", state)
 
 def restore(t, data, out):
     """Go on from checkpoint.pt, running no code of it. Raises UserError naming what is wrong."""
@@ -1170,10 +966,14 @@ def restore(t, data, out):
         state = torch.load(path, map_location=t.device, weights_only=True)
         if state["images"] != len(data):
             raise ValueError(f"it saw {state['images']} images, --data now holds {len(data)}")
-        t.load_state_dict(state["training"])
-        lines = out / "log.jsonl"
-        if distributed()[0] == 0 and lines.exists():  # forget what came after the checkpoint
-            os.truncate(lines, state["log_bytes"])
+        for name in ("student", "teacher", "optimizer"):
+            getattr(t, name).load_state_dict(state[name])
+        for p, moments in t.optimizer.state.items():  # of another shape they would crash AdamW
+            if not p.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
+                raise ValueError("the optimiser's state has another shape")
+        t.step = range(len(t.lr) + 1)[state["step"]]
+        if distributed()[0] == 0 and (out / "log.jsonl").exists():  # forget what came after the checkpoint
+            os.truncate(out / "log.jsonl", state["log_bytes"])
     except Exception as e:
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"{path} is missing, damaged or not of this run ({type(e).__name__}: {reason}); "
@@ -1188,10 +988,9 @@ def save_crops(path, images, views):
     tiles = torch.stack(pictures, 1).flatten(0, 1).cpu()  # (rows * (1 + V), 3, side, side)
     tiles = tiles * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
     sheet = TF.to_pil_image(torchvision.utils.make_grid(tiles.clamp(0, 1), nrow=len(pictures), padding=16))
-    titles = ["image", "global", "global"] + ["local"] * (len(views) - 2)
-    for i, title in enumerate(titles):
+    for i, title in enumerate(["image", "global", "global"] + ["local"] * (len(views) - 2)):
         ImageDraw.Draw(sheet).text((16 + i * (side + 16), 2), title)
-    write(path, lambda file: sheet.save(file, "png"))
+    sheet.save(path)
 
 def setup(batch):
     """Join the processes that torchrun started, if it did; the device of this one. Raises UserError."""
@@ -1202,12 +1001,14 @@ def setup(batch):
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-        torch.backends.cudnn.allow_tf32 = False  # --precision fp32 means it
         torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ and not dist.is_initialized():
-        cuda = device.type == "cuda"
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
+
+def stored_side(size):
+    """Side of the stored images for views of `size` pixels: small ones as they are, 320 px for 224."""
+    return size if size <= 64 else round(size * 10 / 7)
 
 def note_signals():
     """A list that fills with the SIGTERM and SIGINT that come; a second one ends the process at once."""
@@ -1221,82 +1022,91 @@ def note_signals():
     signal.signal(signal.SIGINT, note)
     return noted
 
-def stored_side(size):
-    """Side of the stored images for views of `size` pixels: small ones as they are, 320 px for 224."""
-    return size if size <= 64 else round(size * 10 / 7)
+def summary(t, sums, steps, seconds):
+    """A line of the log: sums of loss terms over some steps as means, over all processes, and more.
 
-def introduce(t, data, out):
-    """Print what is about to happen."""
-    cfg = t.cfg
-    labels = f"{len(data.classes)} classes" if has_val(cfg.data) else "no val/: no comparison at the end"
-    million = sum(p.numel() for p in t.student.backbone.parameters()) / 1e6
-    say(f"{cfg.method}, {cfg.arch} of {million:.1f}M parameters, {cfg.aug}, {distributed()[1]} x {t.device}\n"
-        f"{cfg.data}: {len(data)} images, {labels}\n"
-        f"{cfg.epochs} epochs of {t.steps_per_epoch} steps of {cfg.batch} images, peak lr {max(t.lr):.2g}\n"
-        f"writes to {out}, from step {t.step}")
+    Waits for the device. Raises RunError if a term is not finite."""
+    means = mean_over_processes(torch.stack([*sums.values()]) / steps).tolist()
+    for name, mean in zip(sums, means):
+        if not math.isfinite(mean):
+            raise RunError(f"{name} is not finite at step {t.step}; the checkpoint is from before. Begin "
+                           "again in another --out, with a lower --lr or --precision fp32")
+    return dict(step=t.step, epoch=t.step / t.steps_per_epoch, **dict(zip(sums, means)), lr=t.lr[t.step - 1],
+                images_per_second=steps * t.cfg.batch / seconds)
 
 def train(cfg):
-    """Train as configured, on all processes; returns the folder of the run.
+    """Train as configured, on all processes: (the `Training`, training and test images, folder of the run).
 
-    Raises UserError for a wrong start, SystemExit with a reason or a signal's code for what stops it."""
+    Raises UserError for a wrong start, RunError for a failure, SystemExit with a signal's code."""
     data = load_images(cfg.data, "train", stored_side(cfg.global_size))
     if cfg.batch > len(data):
         raise UserError(f"--batch {cfg.batch} is larger than the data of {len(data)} images; lower it")
+    val = load_images(cfg.data, "val", data.side) if has_val(cfg.data) else None
+    if val and val.classes != data.classes:
+        raise UserError(f"--data {cfg.data}: the classes in train/ and val/ differ; name train/ alone")
     device = setup(cfg.batch)
-    rank, _ = distributed()
+    rank, world = distributed()
     t = Training(cfg, len(data) // cfg.batch, device)
     augment = MultiCrop(cfg)
-    out, lock = open_folder(cfg) if rank == 0 else (Path(cfg.out), None)  # the lock is held until the end
-    if dist.is_initialized():
-        dist.barrier()  # if rank 0 refuses the folder, the others end here
+    out, lock = open_folder(cfg)
     if cfg.resume:
         restore(t, data, out)
-    introduce(t, data, out)
     saved = save(t, data, out)
+    million = sum(p.numel() for p in t.student.backbone.parameters()) / 1e6
+    labels = f"{len(data.classes)} classes" if val else "no val/: no comparison at the end"
+    say(f"{cfg.method}, {cfg.arch} of {million:.1f}M parameters, {cfg.aug}, {world} x {device}\n"
+        f"{cfg.data}: {len(data)} images, {labels}\n"
+        f"{cfg.epochs} epochs of {t.steps_per_epoch} steps of {cfg.batch} images, peak lr {max(t.lr):.2g}\n"
+        f"writes to {out}, from step {t.step}")
     signals = note_signals()
-    alarmed = set()  # the parts whose alarm was told
-    told_time = saved_time = time.monotonic()
-    steps = batches(len(data), cfg, t.step, len(t.lr))
+    saved_time = told_time = began = time.monotonic()
+    first = t.step  # of the epoch, or since it was resumed
+    sums = {}  # of the loss terms since then, on the device
+    alarmed = set()  # the parts whose alarm was said
     bar = tqdm(total=len(t.lr) * cfg.batch, initial=t.step * cfg.batch, unit=" images", unit_scale=True,
                disable=None if rank == 0 else True)  # None: shown on a terminal alone
-    with bar:
-        for images, aspect in data.stream(steps, device, cfg.workers):
-            views = augment(images, aspect, t.step)
-            if t.step == 0 and rank == 0:
-                save_crops(out / "crops.png", images, views)
-            t.count(train_step(t, views, t.step))
-            bar.update(cfg.batch)
-            epoch_ends = t.step % t.steps_per_epoch == 0
-            if epoch_ends or t.step % LOOK_EVERY == 0 or device.type == "cpu":
-                line = t.line()
-                told = f"epoch {line['epoch']:.2f}/{cfg.epochs}"
-                bar.set_description(f"{told}  loss {line['loss']:.4f}", refresh=False)
-                if epoch_ends or (bar.disable and time.monotonic() - told_time > 60):
-                    terms = "  ".join(f"{name} {line[name]:.4f}" for name in t.sums)
-                    say(f"{told}  {terms}  {line['images_per_second']:.0f} images/s")
-                    told_time = time.monotonic()
-                if epoch_ends:
-                    metrics, alarms = look(t)
-                    line.update(metrics)
-                    for part, alarm in zip(PARTS, alarms):
-                        if alarm and part not in alarmed:
-                            say(alarm)
-                            alarmed.add(part)
-                    t.begin_epoch()
-                if epoch_ends or t.step % LOOK_EVERY == 0:
-                    log(out / "log.jsonl", line)
-                stop = mean_over_processes(torch.tensor(float(len(signals)), device=device)) > 0
-                if epoch_ends or stop or time.monotonic() - saved_time > SAVE_EVERY:
-                    saved = save(t, data, out)
-                    saved_time = time.monotonic()
-                if stop:
-                    say(f"stopped at step {t.step}; go on with --out {out} --resume")
-                    raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
+    for images, aspect in data.stream(batches(len(data), cfg, t.step, len(t.lr)), device, cfg.workers):
+        views = augment(images, aspect, t.step)
+        if t.step == 0 and rank == 0:
+            save_crops(out / "crops.png", images, views)
+        for name, term in train_step(t, views, t.step).items():
+            sums[name] = sums.get(name, 0.0) + term.double()
+        t.step += 1
+        bar.update(cfg.batch)
+        epoch_ends = t.step % t.steps_per_epoch == 0
+        if not epoch_ends and t.step % LOOK_EVERY > 0:
+            continue
+        line = summary(t, sums, t.step - first, time.monotonic() - began)
+        told = f"epoch {line['epoch']:.2f}/{cfg.epochs}"
+        bar.set_description(f"{told}  loss {line['loss']:.4f}", refresh=False)
+        if epoch_ends or (bar.disable and time.monotonic() - told_time > 60):
+            terms = "  ".join(f"{name} {line[name]:.4f}" for name in sums)
+            say(f"{told}  {terms}  {line['images_per_second']:.0f} images/s")
+            told_time = time.monotonic()
+        if epoch_ends:
+            metrics, alarms = look(t)
+            line.update(metrics)
+            for part in sorted(alarms.keys() - alarmed):
+                say(alarms[part])
+            alarmed |= alarms.keys()
+            sums = {}
+            first = t.step
+            began = time.monotonic()
+        with suppress(OSError), open(out / "log.jsonl", "a") as journal:
+            say(json.dumps(line), journal)
+        stop = mean_over_processes(torch.tensor(float(len(signals)), device=device)) > 0
+        if epoch_ends or stop or time.monotonic() - saved_time > SAVE_EVERY:
+            saved = save(t, data, out)
+            saved_time = time.monotonic()
+        if stop:
+            say(f"stopped at step {t.step}; go on with --out {out} --resume")
+            raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
+    bar.close()
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if not saved:
-        raise SystemExit(f"the last checkpoint could not be written; make room, then --out {out} --resume")
-    return out
+        raise RunError(f"the last checkpoint could not be written; make room, then --out {out} --resume")
+    return t, data, val, out
 
 # ======== 9. What was learned: the class by k-NN and the angle by ridge regression, off z, IR and EF
 
@@ -1334,11 +1144,10 @@ def ridge_r2(x, angle, x_test, angle_test, penalty=0.01):
     mean = x.double().mean(0)
     std = x.double().std(0) + 1e-6
     x = (x - mean) / std
-    x_test = (x_test - mean) / std
     gram = x.T @ x / len(x) + penalty * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     w = torch.linalg.solve(gram, x.T @ (y - y.mean(0)) / len(x))  # (d, 2)
-    error = (y_test - y.mean(0) - x_test @ w).square().sum(0)
-    return float((1 - error / (y_test - y_test.mean(0)).square().sum(0)).mean())
+    error = y_test - y.mean(0) - (x_test - mean) / std @ w
+    return float((1 - error.square().sum(0) / (y_test - y_test.mean(0)).square().sum(0)).mean())
 
 @torch.no_grad()
 def extract(backbone, cfg, data, count, turned, device):
@@ -1353,60 +1162,37 @@ def extract(backbone, cfg, data, count, turned, device):
         z.append(backbone(normalize(x)).float())
     return torch.cat(z), angles, data.labels[rows].to(device)
 
-def describe(backbone, cfg, train_data, val_data, device):
-    """What z, IR and EF of a backbone tell of class and angle, and their rank: {what: {part: number}}."""
-    if train_data.classes != val_data.classes:
-        raise UserError(f"--data {cfg.data}: the classes in train/ and val/ differ; a probe needs the same")
-    backbone.to(device).eval()
-    bank, _, labels = extract(backbone, cfg, train_data, 4096, False, device)
-    turned, angle, _ = extract(backbone, cfg, train_data, 4096, True, device)
-    upright, _, truth = extract(backbone, cfg, val_data, 2000, False, device)
-    rotated, angle_val, _ = extract(backbone, cfg, val_data, 2000, True, device)
-    found = {what: {} for what in ("k-NN, upright", "k-NN, rotated", "R2 of the angle", "effective rank")}
-    for part, i in columns(bank.shape[1], cfg.ratio).items():
-        for what, queries in (("k-NN, upright", upright), ("k-NN, rotated", rotated)):
-            votes = knn(bank[:, i], labels, queries[:, i], len(train_data.classes))
-            found[what][part] = float((votes.argmax(1) == truth).double().mean() * 100)
-        found["R2 of the angle"][part] = ridge_r2(turned[:, i], angle, rotated[:, i], angle_val)
-        found["effective rank"][part] = effective_rank(upright[:, i])
-    return found
-
 def compare(cfg, train_data, val_data, untrained, trained, device):
-    """Print what two backbones tell (`describe`), as a Markdown table, and return both."""
-    before = describe(untrained, cfg, train_data, val_data, device)
-    after = describe(trained, cfg, train_data, val_data, device)
+    """Print what two backbones know of class and angle; {"before": {what: {part: number}}, "after": ...}."""
+    known = {}
+    for when, backbone in (("before", untrained), ("after", trained)):
+        backbone.to(device).eval()
+        bank, _, labels = extract(backbone, cfg, train_data, 4096, False, device)
+        turned, angle, _ = extract(backbone, cfg, train_data, 4096, True, device)
+        upright, _, truth = extract(backbone, cfg, val_data, 2000, False, device)
+        rotated, angle_val, _ = extract(backbone, cfg, val_data, 2000, True, device)
+        known[when] = {"k-NN, upright": {}, "k-NN, rotated": {}, "R2 of the angle": {}}
+        for part, i in columns(bank.shape[1], cfg.ratio).items():
+            for what, queries in (("k-NN, upright", upright), ("k-NN, rotated", rotated)):
+                votes = knn(bank[:, i], labels, queries[:, i], len(train_data.classes))
+                known[when][what][part] = float((votes.argmax(1) == truth).double().mean() * 100)
+            known[when]["R2 of the angle"][part] = ridge_r2(turned[:, i], angle, rotated[:, i], angle_val)
     rows = []
-    for what, row in after.items():
-        digits = 2 if what == "R2 of the angle" else 1
-        cells = [f"{before[what][part]:.{digits}f} -> {row[part]:.{digits}f}" for part in row]
-        rows.append([what, *cells])
-    print_table("untrained -> trained", after["effective rank"], rows)
+    for what, row in known["after"].items():
+        rows.append([what] + [f"{known['before'][what][part]:.3g} -> {row[part]:.3g}" for part in row])
+    print_table(["untrained -> trained", *row], rows)
     say("\nOn held-out images, upright and turned by up to 90 degrees. k-NN in %. R2: 1 reads the angle "
         "exactly,\n0 not at all, below 0 worse than that.")
-    return dict(before=before, after=after)
+    return known
 
-def compare_run(cfg, out):
-    """Compare the backbone of a run with the one that it began from; compare.json."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    train_data = load_images(cfg.data, "train", stored_side(cfg.global_size))
-    val_data = load_images(cfg.data, "val", stored_side(cfg.global_size))
-    torch.manual_seed(cfg.seed)
-    untrained = build_backbone(cfg.arch, cfg.global_size)  # as `Training` makes it
-    trained = build_backbone(cfg.arch, cfg.global_size)
-    trained.load_state_dict(torch.load(out / "backbone.pt", weights_only=True))
-    text = json.dumps(compare(cfg, train_data, val_data, untrained, trained, device), indent=1)
-    write(out / "compare.json", lambda file: file.write(text.encode()))
-
-def print_table(title, names, rows):
-    """Print a Markdown table of the columns named; each of the rows is a list of strings, its name first."""
+def print_table(head, rows):
+    """Print a Markdown table; the head and each row are lists of strings."""
     say("")
-    for first, *cells in ([title, *names], ["-" * 20] + ["-" * 14] * len(names), *rows):
+    for first, *cells in (head, ["-" * 20] + ["-" * 14] * (len(head) - 1), *rows):
         say(f"| {first:20} | " + " | ".join(f"{cell:14}" for cell in cells) + " |")
 
 # ======== 10. The command line
 
-# the first option of each group in --help
-GROUPS = dict(data="data", method="method", aug="views", epochs="optimisation", seed="run")
 MAY_CHANGE = ("out", "workers", "resume")  # when a run is resumed
 
 class Parser(argparse.ArgumentParser):
@@ -1417,19 +1203,16 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser(values):
     """The parser of the fields of `Config`; its help shows those of `values`."""
-    parser = Parser(prog="clever.py", usage="[torchrun] clever.py [options]", allow_abbrev=False,
-                    argument_default=argparse.SUPPRESS,
+    parser = Parser("clever.py", "[torchrun] clever.py [options]", argument_default=argparse.SUPPRESS,
                     description="Train CLeVER or DINO. In brackets: the value that this command would use.")
     for field in dataclasses.fields(Config):
-        if field.name in GROUPS:
-            group = parser.add_argument_group(GROUPS[field.name])
         kind = dict(type=field.type, metavar="X")
         if field.type is tuple:
             kind = dict(type=float, nargs=2, metavar="X")
         if field.type is bool:
             kind = dict(action="store_true")
         words = f"{field.metadata['help']} [{getattr(values, field.name)}]"
-        group.add_argument(flag(field.name), help=words, **kind)
+        parser.add_argument(flag(field.name), help=words, **kind)
     return parser
 
 def parse(argv):
@@ -1448,9 +1231,7 @@ def parse(argv):
         cfg = Config(**{**RECIPES.get(recipe, {}), **given, "recipe": recipe})
         if given.get("ratio", cfg.ratio) != cfg.ratio:
             raise UserError(f"--method dino has no split; leave out --ratio {given['ratio']}")
-    if words != argv:
-        say(make_parser(cfg).format_help())
-        raise SystemExit(0)
+    make_parser(cfg).parse_args(argv)  # with --help this ends here
     return cfg
 
 def load_config(out):
@@ -1462,42 +1243,37 @@ def load_config(out):
 
 def guarded(name, work):
     """The exit code of a command: 0; 2 and a sentence for what the user can change; else what went wrong."""
-    code = 0
-    words = ""
     try:
         work()
-    except UserError as e:
+        return 0
+    except SystemExit as e:
+        return e.code
+    except KeyboardInterrupt:
+        code, words = 130, "interrupted"
+    except (UserError, OSError) as e:  # OSError: what cannot be written or downloaded
         code, words = 2, str(e).split("UserError: ")[-1].strip()  # a loader's worker puts more before it
     except torch.OutOfMemoryError as e:
         code, words = 1, f"the GPU's memory is full; lower --batch, or use more GPUs ({e})"
-    except KeyboardInterrupt:
-        code, words = 130, "interrupted"
-    except SystemExit as e:
-        code, words = (1, e.code) if isinstance(e.code, str) else (e.code or 0, "")
-    except Exception:
-        code, words = 1, traceback.format_exc()
-    with suppress(OSError, ValueError, AttributeError):  # closed, none at all
-        sys.stdout.flush()
-        if words and (code == 1 or dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0"):
-            print(f"{name}: {words}", file=sys.stderr, flush=True)  # what is wrong for all is said once
+    except Exception as e:
+        code, words = 1, e if isinstance(e, RunError) else traceback.format_exc()
+    if dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{name}: {words}", file=sys.stderr, flush=True)  # what is wrong for all is said once
     return code
 
 def main(argv):
     """Train as a command line says, then compare with the untrained backbone. Returns the exit code."""
     def work():
-        cfg = parse(argv)
-        out = train(cfg)
+        t, data, val, out = train(parse(argv))
         rank, _ = distributed()
         if dist.is_initialized():
             dist.destroy_process_group()  # on success alone: a failed rank would wait here for the others
-        if rank == 0 and has_val(cfg.data):
-            try:
-                compare_run(cfg, out)
-                say(f"\nNext: python eval_linear.py {shlex.quote(str(out))} --quick")
-            except UserError as e:
-                say(f"no comparison with the untrained backbone: {e}")
+        if rank == 0 and val:
+            torch.manual_seed(t.cfg.seed)
+            untrained = build_backbone(t.cfg.arch, t.cfg.global_size)  # as `Training` made it
+            known = compare(t.cfg, data, val, untrained, t.teacher.backbone, t.device)
+            write(out / "compare.json", json.dumps(known, indent=1))
+            say(f"\nNext: python eval_linear.py {shlex.quote(str(out))} --quick")
     return guarded("clever.py", work)
 
 if __name__ == "__main__":
     os._exit(main(sys.argv[1:]))  # at once: neither a loader's worker nor another rank holds it up
-

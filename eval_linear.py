@@ -97,7 +97,7 @@ def read_weights(path):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # DINO's checkpoints hold their options
             state = torch.load(path, map_location="cpu", weights_only=True)
-        for key in ("training", "teacher", "student", "state_dict", "model"):
+        for key in ("teacher", "student", "state_dict", "model"):
             state = state.get(key, state)
         tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): value for name, value in state.items()}
     except Exception as e:
@@ -356,7 +356,7 @@ def evaluate(p, model, train, val):
     for kind in kinds:
         rows.append([kind] + [" / ".join(f"{value:.1f}" for value in row[kind]) for row in table.values()])
     say(f"{len(train)} training and {len(val)} test images of {len(train.classes)} classes")
-    clever.print_table("top-1 / top-5, %" if len(train.classes) > 5 else "top-1, %", table, rows)
+    clever.print_table(["top-1 / top-5, %" if len(train.classes) > 5 else "top-1, %", *table], rows)
     return {**table, "learning rates": {part: rate for part, (rate, _) in probes.items()}}
 
 # ======== 5. Segmentation by label propagation (DAVIS-2017)
@@ -445,10 +445,7 @@ def draw(model, path, tile=128):
     Raises UserError for a file that cannot be read."""
     size = model.cfg.global_size
     side = size // model.backbone.patch_size
-    try:
-        pixels, aspect = clever.decode(path, clever.stored_side(size))
-    except clever.BROKEN as e:
-        raise UserError(f"--visualize {path}: cannot be read ({e})")
+    pixels, aspect = clever.decode(path, clever.stored_side(size))
     angle = torch.tensor(TURNS, device=model.device)
     pixels = pixels.to(model.device).expand(len(TURNS), -1, -1, -1)
     flip = torch.zeros_like(angle, dtype=torch.bool)
@@ -488,7 +485,8 @@ def add_results(out, section, numbers, p):
         words.append("quick")
     known = read_results(out / "eval.json")
     known[" ".join(filter(None, words))] = {**numbers, "settings": vars(p)}
-    clever.write(out / "eval.json", lambda file: file.write(json.dumps(known, indent=1).encode()))
+    if not clever.write(out / "eval.json", json.dumps(known, indent=1)):
+        raise clever.RunError("the results above are not in eval.json")
     say(f"written to {out / 'eval.json'}")
 
 def run(p):
@@ -515,8 +513,7 @@ def run(p):
         return
     # 3. The rest, on rank 0.
     if p.visualize:
-        sheet = draw(model, p.visualize)
-        clever.write(out / "visualize.png", lambda file: sheet.save(file, "png"))
+        draw(model, p.visualize).save(out / "visualize.png")
         say(f"written to {out / 'visualize.png'}")
     elif p.davis:
         add_results(out, "davis", davis(model, Path(p.davis)), p)
