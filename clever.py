@@ -44,7 +44,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.functional as TF
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from PIL import Image, ImageDraw, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
@@ -52,9 +52,6 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from tqdm import tqdm
 
 # ======== 1. The representation: z = f(v) is split in two, each part has a projection head
-
-PARTS = ("IR", "EF")  # wherever both are meant, they come in this order; DINO has the first alone
-
 def split(z, ratio):
     """z (..., D) -> z_IR (..., d), z_EF (..., D - d), d = int(ratio * D): the paper's rho (section 3)."""
     d = int(ratio * z.shape[-1])
@@ -62,7 +59,6 @@ def split(z, ratio):
 
 class ProjectionHead(nn.Module):
     """h: features (..., in_dim) -> float32 logits (..., out_dim), cosines to out_dim prototypes (DINO)."""
-
     def __init__(self, in_dim, out_dim=65536, hidden_dim=2048, bottleneck_dim=256):
         super().__init__()
         self.mlp = nn.Sequential(
@@ -79,7 +75,6 @@ class ProjectionHead(nn.Module):
 
 class CLeVER(nn.Module):
     """Backbone f and heads h_IR, h_EF: a student or a teacher. DINO has no split and no h_EF."""
-
     def __init__(self, cfg, drop_path=0.0):
         super().__init__()
         self.ratio = cfg.ratio
@@ -111,7 +106,6 @@ class CLeVER(nn.Module):
         return self.project(self.embed(views))
 
 # ======== 2. The losses (paper, section 3.3): pure functions of logits and parameters
-
 STUDENT_TEMP = 0.1
 
 def sharpen(teacher, centre, temp=0.04):
@@ -126,7 +120,6 @@ def mean_over_pairs(terms):
 
 def invariance_loss(student, teacher, centre, student_temp=STUDENT_TEMP, teacher_temp=0.04):
     """L_CL, the mean of -P_i . log Q_j: views of one image agree in IR. It is DINO's loss.
-
     student (V, B, K) and teacher (G, B, K): logits of h_IR, the global views first; centre c (K,)."""
     P = sharpen(teacher, centre, teacher_temp)
     log_Q = F.log_softmax(student / student_temp, dim=-1)
@@ -134,10 +127,8 @@ def invariance_loss(student, teacher, centre, student_temp=STUDENT_TEMP, teacher
     return mean_over_pairs(cross_entropy)
 
 def orthogonality_loss(student, teacher, centre, student_temp=STUDENT_TEMP, teacher_temp=0.04):
-    """L_Orth, the mean of |cos(P'_i, Q'_j)|: views of one image differ in EF.
-
-    The arguments are those of `invariance_loss`, of h_EF. Softmaxes are not negative, so that the
-    paper's absolute value changes nothing."""
+    """L_Orth, the mean of |cos(P'_i, Q'_j)|: views of one image differ in EF. The arguments are those of
+    `invariance_loss`, of h_EF. Softmaxes are not negative: the paper's absolute value changes nothing."""
     P = sharpen(teacher, centre, teacher_temp)
     Q = F.softmax(student / student_temp, dim=-1)
     product = torch.einsum("gbk,vbk->gvb", P, Q)
@@ -152,7 +143,6 @@ def projector_regularization(head_ir, head_ef):
 
 def clever_loss(cfg, student, teacher, centres, heads):
     """L = L_CL + lambda_orth L_Orth + lambda_reg L_PReg, as a dict of named terms; DINO has L_CL alone.
-
     student, teacher: the logits of each part, as `CLeVER.forward` returns them; centres and heads alike."""
     L_CL = invariance_loss(student[0], teacher[0], centres[0], teacher_temp=cfg.teacher_temp)
     if len(heads) == 1:
@@ -163,10 +153,8 @@ def clever_loss(cfg, student, teacher, centres, heads):
     return dict(L_CL=L_CL, L_Orth=L_Orth, L_PReg=L_PReg, loss=loss)
 
 # ======== 3. One training step
-
 def train_step(t, views, step):
     """One optimisation step of t (a `Training`, section 8) from V views (B, 3, h, w), the global ones first.
-
     step counts from 0 and picks the values of the schedules. Returns the named loss terms of this
     process's images, tensors on the device: nothing in here waits for it."""
     cfg = t.cfg
@@ -210,10 +198,11 @@ def train_step(t, views, step):
     return {name: term.detach() for name, term in terms.items()}
 
 # ======== 4. The recipe: the defaults are the paper's; smaller data changes some of them
-
 CLIP = 3.0  # largest norm of a parameter's gradient
 CENTRE_MOMENTUM = 0.9
 MIN_LR = 1e-6  # at the end of the cosine
+
+GROUPS = dict(data="data", method="method", aug="views", epochs="optimisation", seed="run")  # by first option
 
 def option(default, help, *allowed):
     """A field of `Config`: its default, its help, and the lowest and highest number, or words, allowed."""
@@ -222,12 +211,10 @@ def option(default, help, *allowed):
 @dataclasses.dataclass
 class Config:
     """Every option. The command line is made of it (section 10); DINO has ratio 1 whoever builds it."""
-    # data
     data: str = option("patterns", "patterns, cifar10, cifar100 or a folder, sorted by train/<class> or not")
     out: str = option("", "folder of the run; empty: runs/<data>-<method>-<aug>-<time>")
     recipe: str = option("paper", "paper, small, demo: of the other defaults", "paper", "small", "demo")
     workers: int = option(-1, "processes that decode images; -1: one a core, 16 at most", -1, 1024)
-    # method
     method: str = option("clever", "clever, or dino: the baseline, without the split", "clever", "dino")
     ratio: float = option(0.8, "rho: the first int(rho * D) features are IR, the others EF", 0, 1)
     lambda_orth: float = option(1.0, "weight of L_Orth", 0, 1e6)
@@ -238,21 +225,18 @@ class Config:
     hidden_dim: int = option(2048, "width of the heads' hidden layers", 1, 1e6)
     teacher_temp: float = option(0.04, "of the teacher's softmax; less if it is uniform", 1e-4, 10)
     momentum: float = option(0.996, "of the teacher at first, cosine to 1; less for short runs", 0, 1)
-    # views
     aug: str = option("caug", "baug; caug: and rotation; caug+: and elastic", "baug", "caug", "caug+")
     global_size: int = option(224, "side of the 2 global views in pixels", 8, 4096)
     local_size: int = option(96, "side of the local views in pixels", 8, 4096)
     local_views: int = option(8, "number of local views", 0, 100)
     global_scale: tuple = option((0.4, 1.0), "area of a global view as a fraction of the image", 1e-4, 1)
     local_scale: tuple = option((0.05, 0.4), "area of a local view as a fraction of the image", 1e-4, 1)
-    # optimisation
     epochs: int = option(200, "passes over the data; the first tenth, 10 at most, warms up", 1, 1e6)
     batch: int = option(512, "images a step, over all processes", 1, 1e6)
     lr: float = option(5e-4, "peak learning rate for 256 images a step; scaled by batch / 256", 1e-9, 100)
     weight_decay: tuple = option((0.04, 0.4), "at the start, at the end; none on biases and norms", 0, 100)
     freeze_epochs: int = option(1, "epochs with frozen prototypes; more if the loss does not fall", 0, 1e6)
     drop_path: float = option(0.1, "stochastic depth of the student's last block, 0 at its first", 0, 0.99)
-    # run
     seed: int = option(0, "of everything random", 0, 2 ** 62)
     precision: str = option("auto", "bf16, fp32; auto: bf16 on a GPU alone", "auto", "fp32", "bf16")
     compile: bool = option(False, "torch.compile the networks and the losses")
@@ -282,25 +266,17 @@ def flag(name):
     """The command-line spelling of a field of `Config`."""
     return "--" + name.replace("_", "-")
 
-# what smaller data changes of the paper's recipe
-RECIPES = dict(
-    paper={},
-    small=dict(arch="vit_micro", global_size=32, local_size=16, local_views=2, local_scale=(0.1, 0.4),
-               hidden_dim=512, out_dim=1024, teacher_temp=0.03, momentum=0.98,
-               epochs=20, batch=64, lr=2e-3, freeze_epochs=0),
-    demo=dict(arch="vit_micro", global_size=32, local_size=16, local_views=2, global_scale=(0.5, 1.0),
-              local_scale=(0.2, 0.5), hidden_dim=512, out_dim=1024, teacher_temp=0.03,
-              epochs=14, batch=64, lr=2e-3, freeze_epochs=14))  # frozen throughout
+BOTH = dict(arch="vit_micro", global_size=32, local_size=16, local_views=2, hidden_dim=512, out_dim=1024,
+            teacher_temp=0.03, batch=64, lr=2e-3)
+RECIPES = dict(  # what smaller data changes of the paper's
+    small=dict(BOTH, local_scale=(0.1, 0.4), momentum=0.98, epochs=20, freeze_epochs=0),
+    demo=dict(BOTH, global_scale=(0.5, 1.0), local_scale=(0.2, 0.5), epochs=14, freeze_epochs=14))
 RECIPE_OF = dict(patterns="demo", cifar10="small", cifar100="small")  # a folder: the paper's
 
 class UserError(Exception):
-    """A wrong input, in one sentence: what is wrong, what was expected, what to do. Exit code 2."""
-
-class RunError(Exception):
-    """What ends a run that had begun, in one sentence. Exit code 1."""
+    """What ends a command, in one sentence: what is wrong, what was expected, what to do. Exit code 2."""
 
 # ======== 5. The views: geometric augmentations are changes of coordinates; compose them, sample once
-
 MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as the field normalises
 STD = (0.229, 0.224, 0.225)
 
@@ -315,35 +291,28 @@ def generator(device, *key):
 
 def warp(images, size, box, flip, angle, shift=None):
     """One view of each image, sampled once through a composition of changes of coordinates: the paper's t.
-
     images (B, 3, S, S); size of the view in pixels; box (B, 4): the crop's centre x, y and half extents x, y
     in the image's [-1, 1] coordinates; flip (B,) bool; angle (B,) in degrees, counter-clockwise; shift
     (B, size, size, 2) in the view's [-1, 1] coordinates, or None. -> (B, 3, size, size), black outside."""
     axis = (torch.arange(size, device=images.device, dtype=images.dtype) * 2 + 1) / size - 1
     point = torch.stack(torch.meshgrid(axis, axis, indexing="xy"), -1)[None]  # (1, size, size, 2)
-    # elastic deformation
-    if shift is not None:
+    if shift is not None:  # elastic deformation
         point = point + shift  # (B, size, size, 2)
     inside = (point.abs() <= 1).all(-1)  # (B or 1, size, size)
     x, y = point.unbind(-1)  # each (B or 1, size, size)
-    # rotation, corners stay black
     cos = angle.deg2rad().cos()[:, None, None]
     sin = angle.deg2rad().sin()[:, None, None]
-    x, y = cos * x - sin * y, sin * x + cos * y
+    x, y = cos * x - sin * y, sin * x + cos * y  # rotation, corners stay black
     inside = inside & (x.abs() <= 1) & (y.abs() <= 1)
-    # flip
-    x = torch.where(flip[:, None, None], -x, x)
-    # crop
+    x = torch.where(flip[:, None, None], -x, x)  # flip
     cx, cy, hx, hy = box[:, :, None, None].unbind(1)  # each (B, 1, 1)
-    grid = torch.stack([cx + hx * x, cy + hy * y], -1)  # (B, size, size, 2)
+    grid = torch.stack([cx + hx * x, cy + hy * y], -1)  # crop: (B, size, size, 2)
     view = F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
     return view * inside[:, None]
 
 def crop_box(area, shape, place, aspect):
     """Boxes of random resized crops by torchvision's rule, ten tries and then the centre: (B, 4) for `warp`.
-
-    area, shape (B, 10): of the tries; place (B, 2): x, y; aspect (B,): of the original. Shape and aspect are
-    width / height."""
+    area, shape (B, 10) of the tries; place (B, 2): x, y; shape and the image's aspect (B,): width / height."""
     w = (area * shape / aspect[:, None]).sqrt()  # (B, 10), as a fraction of the width
     h = (area / shape * aspect[:, None]).sqrt()  # (B, 10), of the height
     fits = (w <= 1) & (h <= 1)
@@ -384,11 +353,9 @@ def shift_hue(x, turn):
     safe = torch.where(chroma == 0, 1, chroma)
     hue = torch.where(value == g, 2 + (b - r) / safe, 4 + (r - g) / safe)
     hue = torch.where(value == r, (g - b) / safe, hue) + 6 * turn[:, None, None]  # in sixths of a circle
-    channels = []
-    for offset in (5, 3, 1):  # of red, green, blue
-        sixth = (hue + offset) % 6
-        channels.append(value - chroma * torch.minimum(sixth, 4 - sixth).clamp(0, 1))
-    return torch.stack(channels, 1)
+    offset = torch.arange(5, 0, -2, device=x.device)  # 5, 3, 1: of red, green, blue
+    sixth = (hue[:, None] + offset[:, None, None]) % 6  # (B, 3, h, w)
+    return value[:, None] - chroma[:, None] * torch.minimum(sixth, 4 - sixth).clamp(0, 1)
 
 def blend(other, x, factor):
     """From other (factor 0; it may broadcast) to x (B, 3, h, w) (factor 1) and beyond: factor (B,)."""
@@ -396,7 +363,6 @@ def blend(other, x, factor):
 
 def color_jitter(x, brightness, contrast, saturation, hue, order=(0, 1, 2, 3)):
     """torchvision's ColorJitter of images (B, 3, h, w) by factors (B,); 1, 1, 1, 0 change nothing.
-
     order: of brightness (0), contrast (1), saturation (2) and hue (3)."""
     for operation in order:
         if operation == 0:
@@ -415,9 +381,7 @@ def normalize(x):
 
 class MultiCrop(nn.Module):
     """V views of each image, 2 global, then local ones, made on the batch, on its device (paper, section 4).
-
     All random numbers are a function of (seed, step), drawn for the global batch and sliced by rank."""
-
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
@@ -428,10 +392,8 @@ class MultiCrop(nn.Module):
         gen = generator(images.device, self.cfg.seed, "views", step)
         orders = random.Random(seed_of(self.cfg.seed, "orders", step))  # known without asking the device
         images = images.to(torch.float32) / 255
-        views = []
-        for view in range(2 + self.cfg.local_views):
-            views.append(self.make_view(images, aspect, view, gen, orders.sample(range(4), 4)))
-        return views
+        count = 2 + self.cfg.local_views
+        return [self.make_view(images, aspect, view, gen, orders.sample(range(4), 4)) for view in range(count)]
 
     def make_view(self, images, aspect, view, gen, order):
         """View number `view` of images (B, 3, S, S) in [0, 1], normalised: (B, 3, size, size)."""
@@ -444,42 +406,38 @@ class MultiCrop(nn.Module):
             draws = torch.rand(B * world, *shape, generator=gen, device=gen.device)
             return low + (high - low) * draws[rank * B:(rank + 1) * B]  # (B, *shape)
 
-        def chance(p):
-            return uniform(0, 1) < p  # (B,)
-
-        def where(chosen, changed, x):
-            return torch.where(chosen[:, None, None, None], changed, x)
-
         # geometry: crop, flip, rotation, elastic deformation, in one warp
         area = uniform(*(cfg.global_scale if view < 2 else cfg.local_scale), 10)
         shape = uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()
         box = crop_box(area, shape, uniform(0, 1, 2), aspect)
-        flip = chance(0.5)
+        flip = uniform(0, 1) < 0.5
         angle = uniform(-90, 90) * (cfg.aug != "baug")
         shift = None
         if cfg.aug == "caug+":
             shift = elastic_shift(uniform(-1, 1, 2, size, size), 100 * size / 224, 5 * size / 224)
-            shift = where(chance(0.5), shift, 0)
+            shift = shift * (uniform(0, 1) < 0.5)[:, None, None, None]
         x = warp(images, size, box, flip, angle, shift)
         # colour: jitter, grey, blur, solarise
-        jitter = chance(0.8)
+        jitter = uniform(0, 1) < 0.8
         brightness = torch.where(jitter, uniform(0.6, 1.4), 1)
         contrast = torch.where(jitter, uniform(0.6, 1.4), 1)
         saturation = torch.where(jitter, uniform(0.8, 1.2), 1)
         hue = torch.where(jitter, uniform(-0.1, 0.1), 0)
         x = color_jitter(x, brightness, contrast, saturation, hue, order)
-        x = where(chance(0.2), TF.rgb_to_grayscale(x), x)
+        grey = (uniform(0, 1) < 0.2)[:, None, None, None]
+        x = torch.where(grey, TF.rgb_to_grayscale(x), x)
         shrink = cfg.global_size / 224  # small images are hardly blurred
-        sigma = torch.where(chance((1.0, 0.1, 0.5)[min(view, 2)]), uniform(0.1, 2.0) * shrink, 1e-3)
+        blurred = uniform(0, 1) < (1.0, 0.1, 0.5)[min(view, 2)]
+        sigma = torch.where(blurred, uniform(0.1, 2.0) * shrink, 1e-3)
         radius = min(math.ceil(6 * shrink), size - 1)  # 3 of the largest sigma
         blur = gaussian_matrix(size, sigma, radius)[:, None]  # (B, 1, size, size)
         x = blur @ x @ blur.mT
         if view == 1:
-            x = where(chance(0.2), torch.where(x >= 0.5, 1 - x, x), x)
+            solarised = (uniform(0, 1) < 0.2)[:, None, None, None]
+            x = torch.where(solarised & (x >= 0.5), 1 - x, x)
         return normalize(x)
 
 # ======== 6. The backbones: parameters have the names of timm and DINO (ViT), torchvision (ResNet) and VMamba
-
 def init_linear(module, std=0.02):
     """Truncated-normal weights and zero biases in all linear layers of a module."""
     for layer in module.modules():
@@ -493,9 +451,7 @@ def mlp(dim):
     return nn.Sequential(OrderedDict(fc1=nn.Linear(dim, 4 * dim), act=nn.GELU(), fc2=nn.Linear(4 * dim, dim)))
 
 def stochastic_depth(x, rate, training):
-    """Drops a residual branch x (N, ...) with probability `rate`, row by row.
-
-    Drawn for the rows of all processes, so that it does not depend on how many they are."""
+    """Drops rows of a residual branch x (N, ...) with probability `rate`; all processes draw for all rows."""
     if rate == 0 or not training:
         return x
     rank, world = distributed()
@@ -505,7 +461,6 @@ def stochastic_depth(x, rate, training):
 
 class Attention(nn.Module):
     """Multi-head self-attention: (N, n, D) -> (N, n, D)."""
-
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
@@ -524,7 +479,6 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     """Pre-norm transformer block with stochastic depth: (N, n, D) -> (N, n, D)."""
-
     def __init__(self, dim, heads, drop_path):
         super().__init__()
         self.drop_path = drop_path
@@ -539,7 +493,6 @@ class Block(nn.Module):
 
 class VisionTransformer(nn.Module):
     """ViT (arXiv 2010.11929): images (N, 3, H, W), which the patch divides -> the CLS token (N, D)."""
-
     def __init__(self, img_size, patch_size, embed_dim, depth, heads, drop_path=0.0, init_std=0.02):
         super().__init__()
         self.embed_dim = embed_dim
@@ -547,27 +500,20 @@ class VisionTransformer(nn.Module):
         self.patch_embed = nn.ModuleDict(dict(proj=nn.Conv2d(3, embed_dim, patch_size, patch_size)))
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + (img_size // patch_size) ** 2, embed_dim))
-        self.blocks = nn.ModuleList()
-        for i in range(depth):
-            self.blocks.append(Block(embed_dim, heads, drop_path * i / max(1, depth - 1)))
+        rates = [drop_path * i / (depth - 1) for i in range(depth)]
+        self.blocks = nn.Sequential(*[Block(embed_dim, heads, rate) for rate in rates])
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         nn.init.trunc_normal_(self.cls_token, std=init_std)
         nn.init.trunc_normal_(self.pos_embed, std=init_std)
         init_linear(self, init_std)
 
-    def positions(self, h, w):
-        """Position embeddings, interpolated to h x w patches: (1, h * w, D)."""
-        pos = self.pos_embed[:, 1:].mT  # (1, D, n)
-        side = math.isqrt(pos.shape[2])
-        if (h, w) != (side, side):
-            grid = pos.unflatten(2, (side, side))  # (1, D, side, side)
-            pos = F.interpolate(grid, (h, w), mode="bicubic").flatten(2)  # (1, D, h * w)
-        return pos.mT
-
     def tokens(self, x):
-        """Images (N, 3, H, W) -> tokens (N, 1 + n, D), CLS first."""
+        """Images (N, 3, H, W) -> tokens (N, 1 + n, D), CLS first, and positions of an h x w grid."""
         x = self.patch_embed.proj(x)  # (N, D, h, w)
-        patches = x.flatten(2).mT + self.positions(x.shape[2], x.shape[3])  # (N, h * w, D)
+        side = math.isqrt(self.pos_embed.shape[1])
+        pos = self.pos_embed[:, 1:].mT.unflatten(2, (side, side))  # (1, D, side, side)
+        pos = F.interpolate(pos, x.shape[2:], mode="bicubic")  # (1, D, h, w)
+        patches = x.flatten(2).mT + pos.flatten(2).mT  # (N, h * w, D)
         cls = (self.cls_token + self.pos_embed[:, :1]).expand(len(x), -1, -1)  # (N, 1, D)
         return torch.cat([cls, patches], 1)
 
@@ -582,10 +528,8 @@ class VisionTransformer(nn.Module):
 
     def get_last_selfattention(self, x):
         """Attention weights of the last block (N, heads, 1 + n, 1 + n); row 0 is the CLS token's."""
-        x = self.tokens(x)
-        *others, last = self.blocks
-        for block in others:
-            x = block(x)
+        x = self.blocks[:-1](self.tokens(x))
+        last = self.blocks[-1]
         q, k, _ = last.attn.queries_keys_values(last.norm1(x))  # each (N, heads, 1 + n, D/heads)
         return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
 
@@ -600,38 +544,29 @@ VIT = dict(  # with init_std 0.02 the blocks of the narrow vit_micro would be ne
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 
-def resnet(arch, img_size):
-    """torchvision's ResNet without its classifier; for small images a stem that keeps their resolution."""
-    net = torchvision.models.get_model(arch)
-    net.embed_dim = net.fc.in_features
-    net.fc = nn.Identity()
-    if img_size <= 64:
-        net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
-        nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out")
-        net.maxpool = nn.Identity()
-    return net.to(memory_format=torch.channels_last)
-
 def build_backbone(arch, img_size, drop_path=0.0, patch_size=None):
-    """A backbone f with .embed_dim: (N, 3, H, W) -> (N, D). img_size: side of the global views in pixels.
-
-    Raises UserError for an unknown one."""
+    """A backbone f with .embed_dim: (N, 3, H, W) -> (N, D). img_size: side of the global views in pixels."""
     if arch in VIT:
         shape = {**VIT[arch], "patch_size": patch_size or VIT[arch]["patch_size"]}
         return VisionTransformer(img_size, drop_path=drop_path, **shape)
     if arch in RESNETS:
-        return resnet(arch, img_size)
+        net = torchvision.models.get_model(arch)
+        net.embed_dim = net.fc.in_features
+        net.fc = nn.Identity()
+        if img_size <= 64:  # a stem that keeps the resolution
+            net.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+            nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out")
+            net.maxpool = nn.Identity()
+        return net.to(memory_format=torch.channels_last)
     if arch == "vmamba_tiny":
         from assets.vmamba import VMamba
         return VMamba(2 * drop_path)  # its authors' 0.2 where ViTs have 0.1
     raise UserError(f"--arch {arch} is unknown; expected {', '.join((*VIT, *RESNETS))} or vmamba_tiny")
 
 # ======== 7. The data: a worker decodes and squashes to a square of bytes
-
 def draw_patterns(count, seed, side=32):
-    """Two-tone periodic patterns of ten classes, none symmetric under a quarter turn.
-
-    -> bytes (count, 3, side, side), labels. Random period, phase, duty and tilt of up to 10 degrees; nearly
-    constant greys, for random ones are a shortcut that the network takes."""
+    """Two-tone periodic patterns of ten classes, none symmetric under a quarter turn: bytes (count, 3, side,
+    side), labels (count,). Nearly constant greys, for random ones are a shortcut that the network takes."""
     gen = generator("cpu", seed, "patterns")
 
     def between(low, high):
@@ -672,12 +607,10 @@ def squash(pixels, side):
     return F.interpolate(pixels[None], (side, side), mode="bicubic", antialias=True)[0]
 
 def decode(path, side):
-    """An image file, turned as its EXIF says, squashed to bytes (3, side, side), and its width / height.
-
-    Raises UserError for a file that Pillow cannot read, or of more than 16 bits a pixel."""
-    if not os.path.isfile(path):  # to open a pipe would hang
-        raise UserError(f"{path} is no regular file; remove it")
+    """An image file, turned as its EXIF says, squashed to bytes (3, side, side), and its width / height."""
     try:
+        if not os.path.isfile(path):  # to open a pipe would hang
+            raise OSError("no regular file")
         with Image.open(path) as image:
             image.draft("RGB", (side, side))  # a JPEG decodes smaller, but no less
             image = ImageOps.exif_transpose(image)
@@ -691,11 +624,8 @@ def decode(path, side):
     return squash(pixels, side), image.width / image.height
 
 class Images(Dataset):
-    """The training or the test images of a data set, as files (`paths`) or as bytes in memory (`pixels`).
-
-    Item i: bytes (3, S, S) and width / height. A file that `decode` refuses ends the run, or if `mend` is
-    true it is named, and the next good one takes its place."""
-
+    """Images as files (`paths`) or as bytes in memory (`pixels`); item i: bytes (3, S, S), width / height.
+    A file that `decode` refuses ends the run, or if `mend`, is named and the next good one takes its place."""
     def __init__(self, side, labels, classes, paths=None, pixels=None, mend=False):
         self.side = side
         self.labels = torch.as_tensor(labels)
@@ -734,14 +664,8 @@ def quiet_worker(_):
     """Ctrl-C is for the main process, which finishes its step with the data that its workers still bring."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
-def has_val(data):
-    """Whether a data set has labelled images held out; a folder needs train/ and val/."""
-    return not os.path.isdir(data) or os.path.isdir(f"{data}/train") and os.path.isdir(f"{data}/val")
-
-PICTURES = ("crops.png", "visualize.png")  # of runs: no data
-
 def load_images(data, subset, side):
-    """The "train" or "val" images of a data set at side x side pixels. Raises UserError if there is none."""
+    """The "train" or "val" images of a data set at side x side pixels; without labels there are no "val"."""
     if data == "patterns":
         pixels, labels = draw_patterns(4096, 0) if subset == "train" else draw_patterns(2000, 1)
         return Images(side, labels, list("0123456789"), pixels=pixels)
@@ -754,17 +678,18 @@ def load_images(data, subset, side):
             raise UserError(f"--data {data}: neither in .data nor to be downloaded ({e}); name a folder")
         pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()  # (N, 3, 32, 32)
         return Images(side, cifar.targets, cifar.classes, pixels=pixels)
-    root = os.path.join(data, subset)
-    if subset == "train" and not has_val(data):  # images without labels, anywhere below the folder
-        root = data
+    labelled = os.path.isdir(f"{data}/train") and os.path.isdir(f"{data}/val")
+    if subset == "val" and not labelled:
+        return None
+    root = os.path.join(data, subset) if labelled else data
     paths = []
     for folder, _, names in os.walk(root, followlinks=True):
         for name in names:
-            if name.lower().endswith(IMG_EXTENSIONS) and name not in PICTURES:
+            if name.lower().endswith(IMG_EXTENSIONS) and name not in ("crops.png", "visualize.png"):
                 paths.append(os.path.join(folder, name))
     if not paths:
-        raise UserError(f"--data {data}: no image in {root}; expected patterns, cifar10, cifar100, or a folder: "
-                        f"train/<class>/* and val/<class>/*, or images ({' '.join(IMG_EXTENSIONS)})")
+        raise UserError(f"--data {data}: no image in {root}; expected patterns, cifar10, cifar100, or a folder "
+                        f"of train/<class>/* and val/<class>/*, or of images ({' '.join(IMG_EXTENSIONS)})")
     paths.sort()
     names = [os.path.relpath(path, root).split(os.sep)[0] for path in paths]  # the folders in root
     classes = sorted(set(names))
@@ -783,7 +708,6 @@ def batches(count, cfg, start, stop):
         yield order[first:first + share].tolist()
 
 # ======== 8. The loop: what changes while training, collapse metrics, checkpoints, log
-
 LOOK_EVERY = 10  # steps between looks at the results, each a line of the log: to look is to wait for a GPU
 SAVE_EVERY = 600  # seconds between checkpoints; each epoch ends with one
 
@@ -820,12 +744,12 @@ def autocast(device, precision):
 
 class Training:
     """All that changes while training: student, teacher (its heads hold the centres), optimiser, step."""
-
     def __init__(self, cfg, steps_per_epoch, device="cpu"):
         self.cfg = cfg
         self.steps_per_epoch = steps_per_epoch
         self.device = torch.device(device)
         self.step = 0
+        self.alarmed = set()  # the parts whose alarm was said
         torch.manual_seed(cfg.seed)
         self.student = CLeVER(cfg, cfg.drop_path).to(device)
         self.teacher = CLeVER(cfg).to(device).requires_grad_(False)  # without drop path
@@ -839,27 +763,22 @@ class Training:
         self.lr = cosine_schedule(cfg.lr * cfg.batch / 256, MIN_LR, steps, warmup)
         self.weight_decay = cosine_schedule(*cfg.weight_decay, steps)
         self.momentum = cosine_schedule(cfg.momentum, 1.0, steps)
-        self.loss = clever_loss
-        self.ddp = self.student
         several = distributed()[1] > 1
         for net in (self.student, self.teacher):
             if several and self.device.type == "cuda":
                 nn.SyncBatchNorm.convert_sync_batchnorm(net)  # in place: statistics of the whole batch
-            if cfg.compile:
-                for part in (net.backbone, *net.heads):
+            for part in (net.backbone, *net.heads):
+                if cfg.compile:
                     part.compile(dynamic=False)
-        if cfg.compile:
-            self.loss = torch.compile(clever_loss)
-        if several:
-            self.ddp = nn.parallel.DistributedDataParallel(self.student)
+        self.loss = torch.compile(clever_loss) if cfg.compile else clever_loss
+        self.ddp = nn.parallel.DistributedDataParallel(self.student) if several else self.student
 
 def collapse_metrics(features, P, Q):
     """How a part may have collapsed: features (G, B, d); P (G, B, K) of the teacher, Q of the student.
-
     entropy: of P, on average (ln K: uniform); kl_uniform: of the mean P (ln K: one prototype takes all); std:
-    of the normalised features, times sqrt(d) (0: constant, about 1: healthy); rank: RankMe (2210.02885), exp
-    of the entropy of the singular values; own, other_view, other_image: the mean cosine of P with Q of the same
-    view, of the image's other global view, of another image. Equal own and other_view: the view is not known."""
+    of the normalised features, times sqrt(d) (0: constant, about 1: healthy); rank: exp of the entropy of the
+    singular values (arXiv 2210.02885); own, other_view, other_image: the mean cosine of P with Q of the same
+    view, of the other global view, of another image. Where the first two agree, the view is not known."""
     mean = P.mean((0, 1), dtype=torch.float64)  # (K,)
     features = features.double().flatten(0, 1)  # (G * B, d)
     unit = F.normalize(features, dim=-1)
@@ -888,40 +807,38 @@ def collapse_alarm(part, m, K):
     return ""
 
 def look(t):
-    """At an epoch's end: the `collapse_metrics`, {"IR_entropy": ...}, and {part: alarm} of those that ring."""
+    """At an epoch's end: the `collapse_metrics`, {"IR_entropy": ...}; says a part's first alarm."""
     z, teacher, student = t.last
     metrics = {}
-    alarms = {}
-    for i, head in enumerate(t.teacher.heads):
+    for i, (part, head) in enumerate(zip(("IR", "EF"), t.teacher.heads)):
         features = gather(split(z, t.cfg.ratio)[i])  # (G, B, d)
         P = gather(sharpen(teacher[i], head.centre, t.cfg.teacher_temp))  # (G, B, K)
         Q = gather(F.softmax(student[i] / STUDENT_TEMP, dim=-1))
         found = collapse_metrics(features, P, Q)
-        metrics.update({f"{PARTS[i]}_{name}": value for name, value in found.items()})
-        alarm = collapse_alarm(PARTS[i], found, P.shape[-1])
-        if alarm:
-            alarms[PARTS[i]] = alarm
-    return metrics, alarms
+        metrics.update({f"{part}_{name}": value for name, value in found.items()})
+        alarm = collapse_alarm(part, found, P.shape[-1])
+        if alarm and part not in t.alarmed:
+            say(alarm)
+            t.alarmed.add(part)
+    return metrics
 
-def say(text, file=None):
-    """Print, or write to a file, on rank 0; a closed pipe or a full disk does not end a run."""
+def say(text):
+    """Print beside the progress bar, on rank 0; a closed pipe or a full disk does not end a run."""
     with suppress(OSError, ValueError, AttributeError):  # full, closed, none at all
         if distributed()[0] == 0:
-            file = file or sys.stdout
-            tqdm.write(text, file)  # beside the progress bar
-            file.flush()
+            tqdm.write(text)
+            sys.stdout.flush()
 
 def write(path, content):
     """Write a text, or as torch.save does, aside, then rename. Returns whether it worked, or warns."""
-    aside = Path(f"{path}.tmp")
     try:
-        with open(aside, "wb") as file:
+        with open(f"{path}.tmp", "wb") as file:
             if isinstance(content, str):
                 file.write(content.encode())
             else:
                 torch.save(content, file)
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(f"{path}.tmp", path)
         return True
     except (OSError, RuntimeError) as e:  # torch.save raises the latter
         say(f"warning: {path} cannot be written ({e})")
@@ -936,15 +853,11 @@ def open_folder(cfg):
         try:
             out.mkdir(parents=True, exist_ok=True)
             lock.acquire()
-        except Timeout:
-            raise UserError(f"another process is writing to --out {out}; wait for it, or stop it")
-        except OSError as e:
-            raise UserError(f"--out {out} cannot be written ({e.strerror}); name another folder")
+        except OSError as e:  # Timeout of the lock is one
+            raise UserError(f"--out {out} cannot be written, or another process is writing to it ({e})")
         if not cfg.resume and (out / "checkpoint.pt").exists():
             raise UserError(f"--out {out} holds a run; go on with --resume, or name another folder")
         write(out / "config.json", json.dumps({**vars(cfg), "out": str(out), "resume": False}, indent=1))
-    if dist.is_initialized():
-        dist.barrier()  # the others go on when rank 0 has the folder
     return out, lock
 
 def save(t, data, out):
@@ -952,11 +865,9 @@ def save(t, data, out):
     if distributed()[0] > 0:
         return True
     if not all(p.isfinite().all() for p in t.student.parameters()):
-        raise RunError(f"a weight is not finite at step {t.step}; the last checkpoint is from before")
-    journal = out / "log.jsonl"
-    log_bytes = journal.stat().st_size if journal.exists() else 0
+        raise UserError(f"a weight is not finite at step {t.step}; the last checkpoint is from before")
     state = dict(student=t.student.state_dict(), teacher=t.teacher.state_dict(), step=t.step,
-                 optimizer=t.optimizer.state_dict(), images=len(data), log_bytes=log_bytes)
+                 optimizer=t.optimizer.state_dict(), images=len(data))
     return write(out / "backbone.pt", t.teacher.backbone.state_dict()) and write(out / "checkpoint.pt", state)
 
 def restore(t, data, out):
@@ -972,8 +883,6 @@ def restore(t, data, out):
             if not p.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
                 raise ValueError("the optimiser's state has another shape")
         t.step = range(len(t.lr) + 1)[state["step"]]
-        if distributed()[0] == 0 and (out / "log.jsonl").exists():  # forget what came after the checkpoint
-            os.truncate(out / "log.jsonl", state["log_bytes"])
     except Exception as e:
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"{path} is missing, damaged or not of this run ({type(e).__name__}: {reason}); "
@@ -1010,38 +919,12 @@ def stored_side(size):
     """Side of the stored images for views of `size` pixels: small ones as they are, 320 px for 224."""
     return size if size <= 64 else round(size * 10 / 7)
 
-def note_signals():
-    """A list that fills with the SIGTERM and SIGINT that come; a second one ends the process at once."""
-    noted = []
-
-    def note(number, frame):
-        noted.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    signal.signal(signal.SIGTERM, note)
-    signal.signal(signal.SIGINT, note)
-    return noted
-
-def summary(t, sums, steps, seconds):
-    """A line of the log: sums of loss terms over some steps as means, over all processes, and more.
-
-    Waits for the device. Raises RunError if a term is not finite."""
-    means = mean_over_processes(torch.stack([*sums.values()]) / steps).tolist()
-    for name, mean in zip(sums, means):
-        if not math.isfinite(mean):
-            raise RunError(f"{name} is not finite at step {t.step}; the checkpoint is from before. Begin "
-                           "again in another --out, with a lower --lr or --precision fp32")
-    return dict(step=t.step, epoch=t.step / t.steps_per_epoch, **dict(zip(sums, means)), lr=t.lr[t.step - 1],
-                images_per_second=steps * t.cfg.batch / seconds)
-
 def train(cfg):
-    """Train as configured, on all processes: (the `Training`, training and test images, folder of the run).
-
-    Raises UserError for a wrong start, RunError for a failure, SystemExit with a signal's code."""
+    """Train as configured, on all processes: (the `Training`, training and test images, folder of the run)."""
     data = load_images(cfg.data, "train", stored_side(cfg.global_size))
     if cfg.batch > len(data):
         raise UserError(f"--batch {cfg.batch} is larger than the data of {len(data)} images; lower it")
-    val = load_images(cfg.data, "val", data.side) if has_val(cfg.data) else None
+    val = load_images(cfg.data, "val", data.side)
     if val and val.classes != data.classes:
         raise UserError(f"--data {cfg.data}: the classes in train/ and val/ differ; name train/ alone")
     device = setup(cfg.batch)
@@ -1051,6 +934,7 @@ def train(cfg):
     out, lock = open_folder(cfg)
     if cfg.resume:
         restore(t, data, out)
+    journal = open(out / "log.jsonl" if rank == 0 else os.devnull, "a", buffering=1)
     saved = save(t, data, out)
     million = sum(p.numel() for p in t.student.backbone.parameters()) / 1e6
     labels = f"{len(data.classes)} classes" if val else "no val/: no comparison at the end"
@@ -1058,11 +942,17 @@ def train(cfg):
         f"{cfg.data}: {len(data)} images, {labels}\n"
         f"{cfg.epochs} epochs of {t.steps_per_epoch} steps of {cfg.batch} images, peak lr {max(t.lr):.2g}\n"
         f"writes to {out}, from step {t.step}")
-    signals = note_signals()
+    signals = []  # the SIGTERM and SIGINT that came
+
+    def note(number, frame):
+        signals.append(number)
+        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+
+    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGINT, note)
     saved_time = told_time = began = time.monotonic()
     first = t.step  # of the epoch, or since it was resumed
     sums = {}  # of the loss terms since then, on the device
-    alarmed = set()  # the parts whose alarm was said
     bar = tqdm(total=len(t.lr) * cfg.batch, initial=t.step * cfg.batch, unit=" images", unit_scale=True,
                disable=None if rank == 0 else True)  # None: shown on a terminal alone
     for images, aspect in data.stream(batches(len(data), cfg, t.step, len(t.lr)), device, cfg.workers):
@@ -1076,7 +966,13 @@ def train(cfg):
         epoch_ends = t.step % t.steps_per_epoch == 0
         if not epoch_ends and t.step % LOOK_EVERY > 0:
             continue
-        line = summary(t, sums, t.step - first, time.monotonic() - began)
+        means = mean_over_processes(torch.stack([*sums.values()]) / (t.step - first))
+        line = dict(zip(sums, means.tolist()), step=t.step, epoch=t.step / t.steps_per_epoch)
+        if not math.isfinite(line["loss"]):
+            raise UserError(f"not finite: {line}; the checkpoint is from before. Begin again in another --out, "
+                            "with a lower --lr or --precision fp32")
+        line["lr"] = t.lr[t.step - 1]
+        line["images_per_second"] = (t.step - first) * cfg.batch / (time.monotonic() - began)
         told = f"epoch {line['epoch']:.2f}/{cfg.epochs}"
         bar.set_description(f"{told}  loss {line['loss']:.4f}", refresh=False)
         if epoch_ends or (bar.disable and time.monotonic() - told_time > 60):
@@ -1084,16 +980,12 @@ def train(cfg):
             say(f"{told}  {terms}  {line['images_per_second']:.0f} images/s")
             told_time = time.monotonic()
         if epoch_ends:
-            metrics, alarms = look(t)
-            line.update(metrics)
-            for part in sorted(alarms.keys() - alarmed):
-                say(alarms[part])
-            alarmed |= alarms.keys()
+            line.update(look(t))
             sums = {}
             first = t.step
             began = time.monotonic()
-        with suppress(OSError), open(out / "log.jsonl", "a") as journal:
-            say(json.dumps(line), journal)
+        with suppress(OSError):  # a full disk does not end a run; `write` warns
+            journal.write(json.dumps(line) + "\n")
         stop = mean_over_processes(torch.tensor(float(len(signals)), device=device)) > 0
         if epoch_ends or stop or time.monotonic() - saved_time > SAVE_EVERY:
             saved = save(t, data, out)
@@ -1105,11 +997,10 @@ def train(cfg):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     if not saved:
-        raise RunError(f"the last checkpoint could not be written; make room, then --out {out} --resume")
+        raise UserError(f"the last checkpoint could not be written; make room, then --out {out} --resume")
     return t, data, val, out
 
 # ======== 9. What was learned: the class by k-NN and the angle by ridge regression, off z, IR and EF
-
 CHUNK = 256  # images that pass the backbone together
 
 def centre_view(images, aspect, size, flip, angle, shift=None):
@@ -1136,41 +1027,36 @@ def knn(bank, labels, queries, classes, k=20, temperature=0.07):
     return torch.cat(votes)
 
 def ridge_r2(x, angle, x_test, angle_test, penalty=0.01):
-    """R2 on test rows of ridge regression from standardised features (N, d) to (cos, sin) of angles (N,).
-
-    1: the angle is read exactly; 0: not at all; below 0: worse than the mean would do."""
+    """R2 on test rows of ridge regression from standardised features (N, d) to (cos, sin) of angles (N,)."""
     y = torch.stack([angle.deg2rad().cos(), angle.deg2rad().sin()], 1).double()  # (N, 2)
     y_test = torch.stack([angle_test.deg2rad().cos(), angle_test.deg2rad().sin()], 1).double()
-    mean = x.double().mean(0)
-    std = x.double().std(0) + 1e-6
-    x = (x - mean) / std
+    std, mean = torch.std_mean(x.double(), 0)
+    x = (x - mean) / (std + 1e-6)
     gram = x.T @ x / len(x) + penalty * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     w = torch.linalg.solve(gram, x.T @ (y - y.mean(0)) / len(x))  # (d, 2)
-    error = y_test - y.mean(0) - (x_test - mean) / std @ w
+    error = y_test - y.mean(0) - (x_test - mean) / (std + 1e-6) @ w
     return float((1 - error.square().sum(0) / (y_test - y_test.mean(0)).square().sum(0)).mean())
 
 @torch.no_grad()
-def extract(backbone, cfg, data, count, turned, device):
-    """z (N, D), angles (N,), labels (N,) of at most `count` images, perhaps turned within 90 degrees."""
+def extract(backbone, cfg, data, count, device):
+    """z (N, D) of at most `count` images, upright, and turned within 90 degrees; angles (N,), labels (N,)."""
     rows = torch.randperm(len(data), generator=generator("cpu", "subset"))[:count]
-    angles = (torch.rand(len(rows), generator=generator("cpu", "angles")) * 180 - 90) * turned
-    angles = angles.to(device)
+    angles = (torch.rand(len(rows), generator=generator("cpu", "angles")) * 180 - 90).to(device)
     chunks = [some.tolist() for some in rows.split(CHUNK)]
     z = []
     for angle, (images, aspect) in zip(angles.split(CHUNK), data.stream(chunks, device, cfg.workers)):
-        x = centre_view(images, aspect, cfg.global_size, torch.zeros_like(angle, dtype=torch.bool), angle)
-        z.append(backbone(normalize(x)).float())
-    return torch.cat(z), angles, data.labels[rows].to(device)
+        for turn in (0 * angle, angle):
+            x = centre_view(images, aspect, cfg.global_size, turn > 90, turn)  # none is flipped
+            z.append(backbone(normalize(x)).float())
+    return torch.cat(z[::2]), torch.cat(z[1::2]), angles, data.labels[rows].to(device)
 
 def compare(cfg, train_data, val_data, untrained, trained, device):
     """Print what two backbones know of class and angle; {"before": {what: {part: number}}, "after": ...}."""
     known = {}
     for when, backbone in (("before", untrained), ("after", trained)):
         backbone.to(device).eval()
-        bank, _, labels = extract(backbone, cfg, train_data, 4096, False, device)
-        turned, angle, _ = extract(backbone, cfg, train_data, 4096, True, device)
-        upright, _, truth = extract(backbone, cfg, val_data, 2000, False, device)
-        rotated, angle_val, _ = extract(backbone, cfg, val_data, 2000, True, device)
+        bank, turned, angle, labels = extract(backbone, cfg, train_data, 4096, device)
+        upright, rotated, angle_val, truth = extract(backbone, cfg, val_data, 2000, device)
         known[when] = {"k-NN, upright": {}, "k-NN, rotated": {}, "R2 of the angle": {}}
         for part, i in columns(bank.shape[1], cfg.ratio).items():
             for what, queries in (("k-NN, upright", upright), ("k-NN, rotated", rotated)):
@@ -1181,8 +1067,7 @@ def compare(cfg, train_data, val_data, untrained, trained, device):
     for what, row in known["after"].items():
         rows.append([what] + [f"{known['before'][what][part]:.3g} -> {row[part]:.3g}" for part in row])
     print_table(["untrained -> trained", *row], rows)
-    say("\nOn held-out images, upright and turned by up to 90 degrees. k-NN in %. R2: 1 reads the angle "
-        "exactly,\n0 not at all, below 0 worse than that.")
+    say("\nOn held-out images. k-NN in %. R2: 1 reads the angle exactly, 0 not at all, below 0: worse still.")
     return known
 
 def print_table(head, rows):
@@ -1192,38 +1077,25 @@ def print_table(head, rows):
         say(f"| {first:20} | " + " | ".join(f"{cell:14}" for cell in cells) + " |")
 
 # ======== 10. The command line
-
-MAY_CHANGE = ("out", "workers", "resume")  # when a run is resumed
-
-class Parser(argparse.ArgumentParser):
-    """argparse, with a wrong option in one sentence."""
-
-    def error(self, message):
-        raise UserError(message)
-
-def make_parser(values):
-    """The parser of the fields of `Config`; its help shows those of `values`."""
-    parser = Parser("clever.py", "[torchrun] clever.py [options]", argument_default=argparse.SUPPRESS,
-                    description="Train CLeVER or DINO. In brackets: the value that this command would use.")
+def parse(argv):
+    """The `Config` that a command line asks for: its options over the recipe. Raises UserError."""
+    parser = argparse.ArgumentParser("clever.py", argparse.SUPPRESS, "In brackets: the values of this command.",
+                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
     for field in dataclasses.fields(Config):
         kind = dict(type=field.type, metavar="X")
         if field.type is tuple:
             kind = dict(type=float, nargs=2, metavar="X")
         if field.type is bool:
             kind = dict(action="store_true")
-        words = f"{field.metadata['help']} [{getattr(values, field.name)}]"
-        parser.add_argument(flag(field.name), help=words, **kind)
-    return parser
-
-def parse(argv):
-    """The `Config` that a command line asks for: its options over the recipe. Raises UserError."""
-    words = [word for word in argv if word not in ("-h", "--help")]
-    given = vars(make_parser(Config()).parse_args(words))
+        if field.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[field.name])
+        group.add_argument(flag(field.name), help=field.metadata["help"] + " [%(default)s]", **kind)
+    given = vars(parser.parse_args([word for word in argv if word not in ("-h", "--help")]))
     if given.get("resume"):
         run = load_config(given.get("out") or "--out")
         cfg = dataclasses.replace(run, **given)
-        for name in given:
-            if name not in MAY_CHANGE and getattr(cfg, name) != getattr(run, name):
+        for name in sorted(given.keys() - {"out", "workers", "resume"}):
+            if getattr(cfg, name) != getattr(run, name):
                 raise UserError(f"{flag(name)} {given[name]} differs from the run's {getattr(run, name)}; "
                                 "leave it out, or start a new run in another --out")
     else:
@@ -1231,7 +1103,8 @@ def parse(argv):
         cfg = Config(**{**RECIPES.get(recipe, {}), **given, "recipe": recipe})
         if given.get("ratio", cfg.ratio) != cfg.ratio:
             raise UserError(f"--method dino has no split; leave out --ratio {given['ratio']}")
-    make_parser(cfg).parse_args(argv)  # with --help this ends here
+    parser.set_defaults(**vars(cfg))
+    parser.parse_args(argv)  # with --help this ends here
     return cfg
 
 def load_config(out):
@@ -1252,10 +1125,8 @@ def guarded(name, work):
         code, words = 130, "interrupted"
     except (UserError, OSError) as e:  # OSError: what cannot be written or downloaded
         code, words = 2, str(e).split("UserError: ")[-1].strip()  # a loader's worker puts more before it
-    except torch.OutOfMemoryError as e:
-        code, words = 1, f"the GPU's memory is full; lower --batch, or use more GPUs ({e})"
-    except Exception as e:
-        code, words = 1, e if isinstance(e, RunError) else traceback.format_exc()
+    except Exception:
+        code, words = 1, traceback.format_exc()
     if dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":
         print(f"{name}: {words}", file=sys.stderr, flush=True)  # what is wrong for all is said once
     return code

@@ -39,8 +39,8 @@ RATES = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3]  # for 256 images a step
 
 def parse(argv):
     """The options of a command line. Raises UserError for one that is wrong, or that would be ignored."""
-    parser = clever.Parser(prog="eval_linear.py", usage="[torchrun] eval_linear.py RUN [options]",
-                           allow_abbrev=False, description="Evaluate a backbone. In brackets: the defaults.")
+    parser = argparse.ArgumentParser("eval_linear.py", argparse.SUPPRESS, allow_abbrev=False,
+                                     description="Evaluate a backbone. In brackets: the defaults.")
     add = parser.add_argument
     add("run", nargs="?", default="", help="folder of a run of clever.py; else --weights and --arch")
     add("--weights", default="", help="weights of timm, torchvision or DINO, or a training checkpoint")
@@ -75,12 +75,10 @@ def parse(argv):
             raise UserError(f"{word} would be ignored here; leave it out")
     if not p.run and not (p.weights and p.arch and (p.data or not p.probing)):
         raise UserError("name the folder of a run; or --weights, its --arch such as vit_small, and --data")
-    if not all(0 < value < math.inf for value in (p.epochs, p.batch, *p.lr)):
-        raise UserError("--epochs, --batch and --lr must be greater than 0")
-    if p.seed < 0:
-        raise UserError(f"--seed {p.seed} must not be negative")
-    if not (0 < p.labels <= 1 and 0 < p.ratio <= 1):
-        raise UserError("--labels and --ratio must be greater than 0 and at most 1")
+    if not all(0 < value < math.inf for value in (p.epochs, p.batch, p.labels, p.ratio, *p.lr)):
+        raise UserError("--epochs, --batch, --lr, --labels and --ratio must be greater than 0")
+    if p.labels > 1 or p.ratio > 1 or p.seed < 0:
+        raise UserError("--labels and --ratio must be at most 1, --seed at least 0")
     if p.finetune:
         p.parts = ["all"]
         p.lr = [1.0]  # AdamW has its own
@@ -229,9 +227,8 @@ def open_splits(p, cfg):
     side = clever.stored_side(cfg.global_size)
     val = clever.load_images(cfg.data, "val", side)
     train = clever.load_images(cfg.data, "train", side)
-    odd = sorted(set(train.classes) ^ set(val.classes))
-    if odd:
-        raise UserError(f"--data {cfg.data}: train and val differ in the classes {', '.join(odd[:5])}")
+    if val is None or train.classes != val.classes:
+        raise UserError(f"--data {cfg.data}: expected train/ and val/ with the same classes")
     if p.labels < 1:
         rows = balanced_draw(train.labels, p.labels, p.seed)
         paths = [train.paths[i] for i in rows] if train.paths else None
@@ -312,15 +309,10 @@ def train_probes(p, model, data, bank):
         optimizer.step()
         schedule.step()
     model.requires_grad_(False)
-    return choose(heads, model.linear, bank[held], labels[held])
-
-@torch.no_grad()
-def choose(heads, parts, z, y):
-    """The best of heads {(part, rate): nn.Linear} on features (N, F), labels (N,): {part: (rate, head)}."""
     best = {}
-    most = dict.fromkeys(parts, -1)
+    most = dict.fromkeys(model.linear, -1)
     for (part, rate), head in heads.items():
-        hits = int((head(z[:, parts[part]]).argmax(1) == y).sum())
+        hits = int((head(bank[held][:, model.linear[part]]).argmax(1) == labels[held]).sum())
         if hits > most[part]:
             most[part] = hits
             best[part] = rate, head
@@ -486,7 +478,7 @@ def add_results(out, section, numbers, p):
     known = read_results(out / "eval.json")
     known[" ".join(filter(None, words))] = {**numbers, "settings": vars(p)}
     if not clever.write(out / "eval.json", json.dumps(known, indent=1)):
-        raise clever.RunError("the results above are not in eval.json")
+        raise UserError("the results above are not in eval.json")
     say(f"written to {out / 'eval.json'}")
 
 def run(p):

@@ -442,7 +442,7 @@ def four_steps(rank, world, folder):
         block.attn.qkv.bias.data[96:192] = 0  # the keys' have no gradient but rounding
     terms = {name: clever.mean_over_processes(term) for name, term in terms.items()}
     nets = t.student.state_dict(), t.teacher.state_dict()
-    torch.save([terms, clever.look(t)[0], *nets], f"{folder}/{world}-{rank}.pt")
+    torch.save([terms, clever.look(t), *nets], f"{folder}/{world}-{rank}.pt")
 
 # claim 12: losses, weights and metrics do not depend on the number of processes; all hold one teacher.
 def test_two_and_three_processes_equal_one(tmp_path):
@@ -497,7 +497,8 @@ def test_the_vit_is_torchvisions_with_timms_names():
     x = normal(2, 3, 64, 64)
     close(f(x), theirs(x))
     grid = F.interpolate(f.pos_embed[:, 1:].mT.unflatten(2, (4, 4)), (2, 3), mode="bicubic")
-    close(f.positions(2, 3), grid.flatten(2).mT)
+    wide = normal(2, 3, 32, 48)
+    close(f.tokens(wide)[:, 1:], f.patch_embed.proj(wide).flatten(2).mT + grid.flatten(2).mT)
     close(f.get_intermediate_layers(x, 4)[-1][:, 0], f(x))
     close(f.get_last_selfattention(x).sum(-1), torch.ones(2, 3, 17).double())
 
@@ -694,10 +695,8 @@ def checkpoint(folder):
 def same_run(*folders):
     """Two runs ended with bit-identical weights, centres, optimisers and steps, and logged the same steps."""
     states = [(checkpoint(folder), torch.load(folder / "backbone.pt")) for folder in folders]
-    for state, _ in states:
-        del state["log_bytes"]  # a line holds the speed
     close(*(torch.utils._pytree.tree_leaves(state) for state in states), 0)
-    assert [line["step"] for line in log(folders[0])] == [line["step"] for line in log(folders[1])]
+    assert {line["step"] for line in log(folders[0])} == {line["step"] for line in log(folders[1])}
 
 def resume(folder):
     return clever.main(["--out", str(folder), "--resume"])
@@ -800,7 +799,7 @@ def test_wrong_options_are_one_sentence_and_create_nothing(base, data, tmp_path,
 def test_without_fcntl():
     code = "import sys; sys.modules.update(fcntl=None, resource=None); import clever; clever.main(['--k'])"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
-    assert done.stderr == "clever.py: unrecognized arguments: --k\n", done
+    assert done.stderr == "clever.py: error: unrecognized arguments: --k\n", done
 
 # claim 17: without the same classes in train/ and val/ nothing begins; the crops.png of a run is no image.
 def test_folders_of_images(labelled, tmp_path, capsys):
@@ -826,10 +825,10 @@ def test_folders_of_images(labelled, tmp_path, capsys):
     ("train_step", "n == 4 and [signal.raise_signal(15), signal.raise_signal(15)]", -15, ""),
     ("train_step", "n == 4 and [signal.raise_signal(2), signal.raise_signal(2)]", -2, ""),
     ("os.fsync", "if n == 4: raise OSError(28, 'No space left')", 0, "checkpoint.pt cannot be written"),
-    ("os.fsync", "if n >= 5: raise OSError(28, 'No space left')", 1, "last checkpoint could not be written"),
-    ("train_step", "n == 4 and args[0].student.heads[1].prototypes.weight.data.fill_(math.nan)", 1,
-     "is not finite at step 6"),
-    ("save", "n == 2 and args[0].student.backbone.norm.bias.data.fill_(math.nan)", 1,
+    ("os.fsync", "if n >= 5: raise OSError(28, 'No space left')", 2, "last checkpoint could not be written"),
+    ("train_step", "n == 4 and args[0].student.heads[1].prototypes.weight.data.fill_(math.nan)", 2,
+     "not finite: {"),
+    ("save", "n == 2 and args[0].student.backbone.norm.bias.data.fill_(math.nan)", 2,
      "a weight is not finite at step 6")])
 def test_a_run_with_a_fault_resumes_to_the_same_bits(base, data, tmp_path, where, fault, code, said):
     run = tmp_path / "run"
@@ -903,7 +902,8 @@ def test_what_does_not_fit_is_not_resumed(base, tmp_path, capsys, monkeypatch):
 # claim 22: a log that cannot be written, a terminal that is closed, full or without umlauts stop nothing.
 @pytest.mark.parametrize("end", ["None", "open('/dev/full', 'w')", "open(os.devnull, 'w', encoding='ascii')"])
 def test_a_log_and_a_terminal_that_cannot_be_written(data, tmp_path, end):
-    (tmp_path / "größe" / "log.jsonl").mkdir(parents=True)
+    (tmp_path / "größe").mkdir()
+    (tmp_path / "größe" / "log.jsonl").symlink_to("/dev/full")
     argv = flags(tmp_path / "größe", data=data, epochs=1)
     assert finish(start(argv, tmp_path / "said", f"sys.stdout = {end}")) == [0]
 
@@ -955,7 +955,7 @@ def test_broken_images_are_replaced_and_named(data, tmp_path, capsys):
     assert clever.main(flags(tmp_path / "run", data=photos, batch=16, epochs=2)) == 0
     err = capsys.readouterr().err
     for name in ("truncated", "dangling", "pipe", "bomb", "deep"):
-        assert re.search(rf"warning: \S+/{name}\.\w+ (cannot be read \(\S|is no regular file)", err), (name, err)
+        assert re.search(rf"warning: \S+/{name}\.\w+ cannot be read \(\S", err), (name, err)
 
 # claim 27: a hundred broken images in a row end the run in one sentence, out of a loader's worker too.
 def test_a_hundred_broken_images_in_a_row_end_the_run(tmp_path):
