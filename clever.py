@@ -282,8 +282,7 @@ STD = (0.229, 0.224, 0.225)
 
 def seed_of(*key):
     """A seed that is a function of the key (seed, what for, step) alone."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
 
 def generator(device, *key):
     """A random generator on a device, with the seed of the key."""
@@ -661,8 +660,9 @@ class Images(Dataset):
             yield pixels.to(device, non_blocking=True), aspect.to(device, torch.float32, non_blocking=True)
 
 def quiet_worker(_):
-    """Ctrl-C is for the main process, which finishes its step with the data that its workers still bring."""
+    """A stop signal, sent to all, is for the main process: its workers still bring the data of its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 def load_images(data, subset, side):
     """The "train" or "val" images of a data set at side x side pixels; without labels there are no "val"."""
@@ -845,7 +845,7 @@ def write(path, content):
         return False
 
 def open_folder(cfg):
-    """The folder of a run, with its config.json, and the lock that rank 0 holds until the end."""
+    """The folder of a run, with config.json, and the lock that rank 0 holds until the end. Raises UserError."""
     now = time.strftime("%m%d-%H%M%S")
     out = Path(cfg.out or f"runs/{Path(cfg.data).resolve().name}-{cfg.method}-{cfg.aug}-{now}")
     lock = FileLock(out / "lock", timeout=0)
@@ -853,11 +853,12 @@ def open_folder(cfg):
         try:
             out.mkdir(parents=True, exist_ok=True)
             lock.acquire()
-        except OSError as e:  # Timeout of the lock is one
+            if not cfg.resume and (out / "checkpoint.pt").exists():
+                raise UserError(f"--out {out} holds a run; go on with --resume, or name another folder")
+            if not cfg.resume:
+                (out / "config.json").write_text(json.dumps({**vars(cfg), "out": str(out)}, indent=1))
+        except OSError as e:  # the lock's Timeout is one
             raise UserError(f"--out {out} cannot be written, or another process is writing to it ({e})")
-        if not cfg.resume and (out / "checkpoint.pt").exists():
-            raise UserError(f"--out {out} holds a run; go on with --resume, or name another folder")
-        write(out / "config.json", json.dumps({**vars(cfg), "out": str(out), "resume": False}, indent=1))
     return out, lock
 
 def save(t, data, out):
@@ -882,7 +883,7 @@ def restore(t, data, out):
         for p, moments in t.optimizer.state.items():  # of another shape they would crash AdamW
             if not p.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
                 raise ValueError("the optimiser's state has another shape")
-        t.step = range(len(t.lr) + 1)[state["step"]]
+        t.step = range(len(t.lr) + 1).index(state["step"])
     except Exception as e:
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"{path} is missing, damaged or not of this run ({type(e).__name__}: {reason}); "
@@ -899,7 +900,8 @@ def save_crops(path, images, views):
     sheet = TF.to_pil_image(torchvision.utils.make_grid(tiles.clamp(0, 1), nrow=len(pictures), padding=16))
     for i, title in enumerate(["image", "global", "global"] + ["local"] * (len(views) - 2)):
         ImageDraw.Draw(sheet).text((16 + i * (side + 16), 2), title)
-    sheet.save(path)
+    with suppress(OSError):  # a full disk does not end a run
+        sheet.save(path)
 
 def setup(batch):
     """Join the processes that torchrun started, if it did; the device of this one. Raises UserError."""
@@ -931,7 +933,7 @@ def train(cfg):
     rank, world = distributed()
     t = Training(cfg, len(data) // cfg.batch, device)
     augment = MultiCrop(cfg)
-    out, lock = open_folder(cfg)
+    out, t.lock = open_folder(cfg)
     if cfg.resume:
         restore(t, data, out)
     journal = open(out / "log.jsonl" if rank == 0 else os.devnull, "a", buffering=1)
@@ -947,7 +949,6 @@ def train(cfg):
     def note(number, frame):
         signals.append(number)
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-
     signal.signal(signal.SIGTERM, note)
     signal.signal(signal.SIGINT, note)
     saved_time = told_time = began = time.monotonic()
@@ -969,8 +970,7 @@ def train(cfg):
         means = mean_over_processes(torch.stack([*sums.values()]) / (t.step - first))
         line = dict(zip(sums, means.tolist()), step=t.step, epoch=t.step / t.steps_per_epoch)
         if not math.isfinite(line["loss"]):
-            raise UserError(f"not finite: {line}; the checkpoint is from before. Begin again in another --out, "
-                            "with a lower --lr or --precision fp32")
+            raise UserError(f"not finite: {line}; the checkpoint is from before. Try a lower --lr, or fp32")
         line["lr"] = t.lr[t.step - 1]
         line["images_per_second"] = (t.step - first) * cfg.batch / (time.monotonic() - began)
         told = f"epoch {line['epoch']:.2f}/{cfg.epochs}"

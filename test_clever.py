@@ -818,13 +818,15 @@ def test_folders_of_images(labelled, tmp_path, capsys):
 # claim 22: a full disk costs a checkpoint and a warning, and the run fails if it was the last.
 # claim 24: a number that is not finite stops the run, is named, and leaves the last good checkpoint.
 @pytest.mark.parametrize("where, fault, code, said", [
-    ("os.replace", "n == 4 and os.kill(os.getpid(), 9)", -9, ""),  # between backbone.pt and checkpoint.pt
+    ("os.replace", "n == 3 and os.kill(os.getpid(), 9)", -9, ""),  # between backbone.pt and checkpoint.pt
     ("train_step", "clever.SAVE_EVERY = 0; n == 2 and signal.setitimer(0, random.random() / 25)", -14, ""),
     ("train_step", "n == 4 and signal.raise_signal(15)", 143, "stopped at step 6;"),
+    ("train_step", "n == 4 and [os.kill(p.pid, 15) for p in torch.multiprocessing.active_children()] "
+                   "and signal.raise_signal(15)", 143, "stopped at step 6;"),  # all of a group, workers too
     ("train_step", "n == 4 and signal.raise_signal(2)", 130, "stopped at step 6;"),
     ("train_step", "n == 4 and [signal.raise_signal(15), signal.raise_signal(15)]", -15, ""),
     ("train_step", "n == 4 and [signal.raise_signal(2), signal.raise_signal(2)]", -2, ""),
-    ("os.fsync", "if n == 4: raise OSError(28, 'No space left')", 0, "checkpoint.pt cannot be written"),
+    ("os.fsync", "if n == 3: raise OSError(28, 'No space left')", 0, "checkpoint.pt cannot be written"),
     ("os.fsync", "if n >= 5: raise OSError(28, 'No space left')", 2, "last checkpoint could not be written"),
     ("train_step", "n == 4 and args[0].student.heads[1].prototypes.weight.data.fill_(math.nan)", 2,
      "not finite: {"),
@@ -832,7 +834,8 @@ def test_folders_of_images(labelled, tmp_path, capsys):
      "a weight is not finite at step 6")])
 def test_a_run_with_a_fault_resumes_to_the_same_bits(base, data, tmp_path, where, fault, code, said):
     run = tmp_path / "run"
-    assert finish(start(flags(run, data=data), tmp_path / "said", before(where, fault))) == [code]
+    argv = flags(run, data=data, workers=int("children" in fault))
+    assert finish(start(argv, tmp_path / "said", before(where, fault))) == [code]
     text = (tmp_path / "said").read_text()
     assert said in text and "Traceback" not in text
     assert checkpoint(run)["step"] == 6 or code not in (130, 143)
@@ -883,7 +886,8 @@ def test_what_does_not_fit_is_not_resumed(base, tmp_path, capsys, monkeypatch):
     flat = copy.deepcopy(state["optimizer"])
     flat["state"][0]["exp_avg"] = torch.zeros(3)
     foreign = [Payload(), torch.zeros(3), {}]
-    for part in (dict(teacher={}), dict(optimizer=[]), dict(optimizer=flat), dict(step="x"), dict(step=999)):
+    for part in (dict(teacher={}), dict(optimizer=[]), dict(optimizer=flat), dict(step="x"), dict(step=999),
+                 dict(step=-1)):
         foreign.append({**state, **part})
     for content in foreign:
         torch.save(content, run / "checkpoint.pt")
