@@ -34,9 +34,6 @@ import clever
 from clever import CHUNK, Config, UserError, distributed, generator, say
 
 # ======== 1. The options: the defaults are the paper's protocol
-
-RATES = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3]  # for 256 images a step
-
 def parse(argv):
     """The options of a command line. Raises UserError for one that is wrong, or that would be ignored."""
     parser = argparse.ArgumentParser("eval_linear.py", argparse.SUPPRESS, allow_abbrev=False,
@@ -52,7 +49,8 @@ def parse(argv):
     add("--labels", type=float, default=1.0, help="fraction of the training labels, drawn class by class [1]")
     add("--epochs", type=int, default=100, help="passes over the training images [100]")
     add("--batch", type=int, default=256, help="images a step, over all processes [256]")
-    add("--lr", nargs="+", type=float, default=RATES, help=f"held-out training images choose [{RATES}]")
+    add("--lr", nargs="+", type=float, default=[0.001, 0.003, 0.01, 0.03, 0.1, 0.3],
+        help="for 256 images a step; held-out training images choose %(default)s")
     add("--finetune", action="store_true", help="train the backbone too, with AdamW")
     add("--curve", action="store_true", help="also accuracy against fixed angles and elastic strengths")
     add("--davis", default="", help="folder of DAVIS-2017: segment its validation videos instead")
@@ -66,7 +64,9 @@ def parse(argv):
     if p.run:
         ignored += ["--weights", "--arch", "--ratio"]  # the run has its own
     if p.finetune:
-        ignored += ["--parts", "--quick", "--lr"]  # one head, on all
+        ignored += ["--parts", "--quick", "--lr"]
+        p.parts = ["all"]
+        p.lr = [1.0]  # AdamW has its own
     if not p.probing:
         ignored += ["--data", "--parts", "--quick", "--labels", "--epochs", "--batch", "--lr", "--finetune",
                     "--curve", "--seed", "--workers"]
@@ -79,16 +79,11 @@ def parse(argv):
         raise UserError("--epochs, --batch, --lr, --labels and --ratio must be greater than 0")
     if p.labels > 1 or p.ratio > 1 or p.seed < 0:
         raise UserError("--labels and --ratio must be at most 1, --seed at least 0")
-    if p.finetune:
-        p.parts = ["all"]
-        p.lr = [1.0]  # AdamW has its own
     return p
 
 # ======== 2. The backbone, from a run or from a file of others
-
 def read_weights(path):
     """A backbone's tensors by name, of a state dict or a checkpoint's teacher. Runs no code of the file.
-
     Raises UserError for what torch.save has not written, or not of tensors alone."""
     if path.suffix == ".safetensors":
         raise UserError(f"{path}: convert it first, in Python: torch.save(safetensors.torch.load_file(A), B)")
@@ -102,20 +97,14 @@ def read_weights(path):
         code = re.search(r"GLOBAL (\S+)", str(e))
         reason = f"it wants to run {code[1]}" if code else type(e).__name__
         raise UserError(f"{path} is no file of named tensors by torch.save ({reason})")
-    prefix = "backbone."
-    backbone = {name[len(prefix):]: value for name, value in tensors.items() if name.startswith(prefix)}
-    return backbone or tensors
+    inner = [name for name in tensors if name.startswith("backbone.")]
+    return {name.removeprefix("backbone."): tensors[name] for name in inner or tensors}
 
 def open_model(p):
     """(configuration, untrained backbone, trained backbone) of a run or of --weights. Raises UserError.
-
     The configuration's data, precision and workers are those of the evaluation."""
-    if p.run:
-        path = Path(p.run, "backbone.pt")
-        cfg = clever.load_config(p.run)
-    else:
-        path = Path(p.weights)
-        cfg = Config(method="dino" if p.ratio == 1 else "clever", arch=p.arch, ratio=p.ratio)
+    path = Path(p.run, "backbone.pt") if p.run else Path(p.weights)
+    cfg = clever.load_config(p.run) if p.run else Config(arch=p.arch, ratio=p.ratio)
     cfg.data = p.data or cfg.data
     cfg.precision = "auto"
     cfg.workers = p.workers
@@ -143,9 +132,7 @@ def open_model(p):
 
 class Representation(nn.Module):
     """What the probes see, in eval mode: images (B, 3, H, W) -> features (B, F), of which z is the last D.
-
-    `linear` and `last` hold the columns of each part, for linear probes and for k-NN; "all" differs."""
-
+    The columns of each part: `linear` for linear probes, `last` for k-NN, whose "all" is z alone."""
     def __init__(self, backbone, cfg, p, device):
         super().__init__()
         self.backbone = backbone.to(device)
@@ -154,10 +141,8 @@ class Representation(nn.Module):
         self.vit = cfg.arch in clever.VIT
         D = backbone.embed_dim
         self.width = D * min(4, len(backbone.blocks)) if self.vit else D
-        self.last = {}
-        for part, i in clever.columns(D, cfg.ratio).items():
-            if part in p.parts:
-                self.last[part] = i.to(device) + self.width - D
+        parts = clever.columns(D, cfg.ratio)
+        self.last = {part: parts[part].to(device) + self.width - D for part in parts if part in p.parts}
         if not self.last:
             raise UserError(f"--parts {p.parts[0]}: this model has no split (DINO, or ratio 1)")
         self.linear = dict(self.last)
@@ -173,8 +158,7 @@ class Representation(nn.Module):
             return self.backbone(x).float()
 
 # ======== 3. The images: a test view is a function of its position, not of model, seed or number of processes
-
-KINDS = {
+KINDS = {  # of test views, by the options of `make_view`
     "orig": dict(),
     "cj": dict(jitter=True),
     "cj+flip": dict(jitter=True, flip=True),
@@ -187,7 +171,6 @@ KINDS.update({f"elastic={alpha}": dict(alpha=alpha) for alpha in (25, 50, 100, 1
 def make_view(images, aspect, size, gen, share=(0, 1), crop=False, flip=False, jitter=False, rotate=False,
               degrees=0, alpha=0):
     """Views of some images: bytes (B, 3, S, S), aspect (B,) -> (B, 3, size, size), normalised.
-
     gen, on the CPU, draws for the global batch, of which share = (rank, world) takes its own; all kinds draw
     the same. crop: random resized; rotate: within 90 degrees; alpha: of an elastic deformation at 224 px."""
     rank, world = share
@@ -224,16 +207,15 @@ def balanced_draw(labels, fraction, seed):
 
 def open_splits(p, cfg):
     """Training images or a fraction of them, and test images. Raises UserError if their classes differ."""
-    side = clever.stored_side(cfg.global_size)
-    val = clever.load_images(cfg.data, "val", side)
-    train = clever.load_images(cfg.data, "train", side)
+    train = clever.load_images(cfg.data, "train", clever.stored_side(cfg.global_size))
+    val = clever.load_images(cfg.data, "val", train.side)
     if val is None or train.classes != val.classes:
         raise UserError(f"--data {cfg.data}: expected train/ and val/ with the same classes")
     if p.labels < 1:
         rows = balanced_draw(train.labels, p.labels, p.seed)
         paths = [train.paths[i] for i in rows] if train.paths else None
         pixels = None if train.paths else train.pixels[rows]
-        train = clever.Images(side, train.labels[rows], train.classes, paths, pixels, mend=True)
+        train = clever.Images(train.side, train.labels[rows], train.classes, paths, pixels, mend=True)
     return train, val
 
 @torch.no_grad()
@@ -241,23 +223,19 @@ def extract(model, data, kind):
     """Features (N, F) of a split under a perturbation; each process computes its share of the chunks."""
     rank, world = distributed()
     features = torch.zeros(len(data), model.width, device=model.device)
-    starts = range(rank * CHUNK, len(data), world * CHUNK)
-    chunks = [list(range(start, min(start + CHUNK, len(data)))) for start in starts]
+    chunks = [rows.tolist() for rows in torch.arange(len(data)).split(CHUNK)[rank::world]]
     stream = data.stream(chunks, model.device, model.cfg.workers)
     bar = tqdm(stream, kind, len(chunks), leave=False, disable=None if rank == 0 else True)
-    for start, (images, aspect) in zip(starts, bar):
-        gen = generator("cpu", "test views", start // CHUNK)
-        x = make_view(images, aspect, model.cfg.global_size, gen, **KINDS[kind])
-        features[start:start + CHUNK] = model(x)
+    for rows, (images, aspect) in zip(chunks, bar):
+        gen = generator("cpu", "test views", rows[0] // CHUNK)
+        features[rows] = model(make_view(images, aspect, model.cfg.global_size, gen, **KINDS[kind]))
     if world > 1:
         dist.all_reduce(features)  # the rows of other processes are zero here
     return features
 
 # ======== 4. The probes and the paper's table
-
 def train_probes(p, model, data, bank):
     """A linear probe of each part, {part: (learning rate, nn.Linear)}; with --finetune the backbone too.
-
     bank (N, F): features of the plain training images. A tenth of them, at most 5000, is held out to choose
     among several learning rates. Fine-tuning keeps the statistics of batch norm."""
     rank, world = distributed()
@@ -269,14 +247,13 @@ def train_probes(p, model, data, bank):
     steps = p.epochs * (len(rows) // batch)
     gen = generator("cpu", p.seed, "head")
     heads = {}
-    weights = []
     for part, i in model.linear.items():
         for rate in p.lr:
             head = nn.Linear(len(i), len(data.classes))
             nn.init.normal_(head.weight, std=0.01, generator=gen)
             nn.init.zeros_(head.bias)
             heads[part, rate] = head.to(model.device)
-            weights += head.parameters()
+    weights = list(nn.ModuleList(heads.values()).parameters())
     optimizer = torch.optim.SGD(weights, lr=batch / 256, momentum=0.9)
     if p.finetune:
         model.requires_grad_(True)
@@ -310,12 +287,11 @@ def train_probes(p, model, data, bank):
         schedule.step()
     model.requires_grad_(False)
     best = {}
-    most = dict.fromkeys(model.linear, -1)
-    for (part, rate), head in heads.items():
-        hits = int((head(bank[held][:, model.linear[part]]).argmax(1) == labels[held]).sum())
-        if hits > most[part]:
-            most[part] = hits
-            best[part] = rate, head
+    for part, i in model.linear.items():
+        z = bank[held][:, i]
+        hits = [int((heads[part, rate](z).argmax(1) == labels[held]).sum()) for rate in p.lr]
+        rate = p.lr[hits.index(max(hits))]
+        best[part] = rate, heads[part, rate]
     return best
 
 def accuracy(scores, labels):
@@ -334,8 +310,8 @@ def evaluate(p, model, train, val):
         bank = extract(model, train, "orig")
     probes = train_probes(p, model, train, bank)
     table = {}  # {"linear IR": {kind: accuracy}}
-    kinds = list(KINDS) if p.curve else TABLE
-    for kind in kinds:
+    rows = []
+    for kind in (KINDS if p.curve else TABLE):
         z = extract(model, val, kind)
         for part, (_, head) in probes.items():
             scores = head(z[:, model.linear[part]]).detach()
@@ -344,18 +320,14 @@ def evaluate(p, model, train, val):
             if not p.finetune:
                 votes = clever.knn(bank[:, i], labels, z[:, i], len(train.classes))
                 table.setdefault(f"k-NN {part}", {})[kind] = accuracy(votes, truth)
-    rows = []
-    for kind in kinds:
         rows.append([kind] + [" / ".join(f"{value:.1f}" for value in row[kind]) for row in table.values()])
     say(f"{len(train)} training and {len(val)} test images of {len(train.classes)} classes")
     clever.print_table(["top-1 / top-5, %" if len(train.classes) > 5 else "top-1, %", *table], rows)
     return {**table, "learning rates": {part: rate for part, (rate, _) in probes.items()}}
 
 # ======== 5. Segmentation by label propagation (DAVIS-2017)
-
 def propagate(features, first, last=7, k=5, radius=12, temperature=0.1):
     """Carry masks through a clip (DINO): features (T, h, w, D), first (K, h, w) -> masks (T, K, h, w).
-
     A position takes the masks of its k most similar ones within `radius`, in the first and last frames."""
     T, h, w, _ = features.shape
     f = F.normalize(features.flatten(1, 2), dim=-1)  # (T, h*w, D)
@@ -373,26 +345,24 @@ def propagate(features, first, last=7, k=5, radius=12, temperature=0.1):
 
 def jaccard(features, truth):
     """The mean region similarity J of each object of a clip, carried on from its first frame: a list.
-
     features (T, h, w, D); truth (T, H, W): the object of each pixel, 0 for the background."""
     ids = truth[0].unique()
     first = (truth[0] == ids[:, None, None]).float()[None]  # (1, K, H, W)
     masks = propagate(features, F.interpolate(first, size=features.shape[1:3], mode="area")[0]).cpu()
     masks = masks - masks.amin((2, 3), keepdim=True)
     masks = masks / masks.amax((2, 3), keepdim=True).clamp(min=1e-6)  # to [0, 1] (DINO)
-    ours = F.interpolate(masks, size=truth.shape[1:], mode="bilinear").argmax(1)  # (T, H, W)
+    ours = ids[F.interpolate(masks, size=truth.shape[1:], mode="bilinear").argmax(1)]  # (T, H, W)
     scores = []
-    for k, i in enumerate(ids):
-        common = ((ours == k) & (truth == i)).sum((1, 2))  # (T,)
-        union = ((ours == k) | (truth == i)).sum((1, 2))
+    for i in ids[ids > 0]:
+        common = ((ours == i) & (truth == i)).sum((1, 2))  # (T,)
+        union = ((ours == i) | (truth == i)).sum((1, 2))
         J = torch.where(union > 0, common / union, 1.0)
         scores.append(float(J[1:-1].mean()))  # the first frame was given; the last one has never counted
-    return scores[1:]
+    return scores
 
 @torch.no_grad()
 def davis(model, root):
     """J of the objects in DAVIS-2017's validation videos, off patch tokens: a section of eval.json.
-
     Raises UserError if the folder has another layout."""
     patch = model.backbone.patch_size
     scores = {}
@@ -402,8 +372,7 @@ def davis(model, root):
             truth = []
             for path in sorted((root / "JPEGImages/480p" / video).glob("*.jpg")):
                 pixels = pil_to_tensor(Image.open(path).convert("RGB"))  # (3, H, W)
-                h = pixels.shape[1] // patch
-                w = pixels.shape[2] // patch
+                h, w = [side // patch for side in pixels.shape[1:]]
                 x = F.interpolate(pixels[None], (h * patch, w * patch), mode="bicubic", antialias=True)
                 x = clever.normalize(x.to(model.device) / 255)
                 tokens = model.backbone.get_intermediate_layers(x)[0]  # (1, 1 + h * w, D)
@@ -411,17 +380,14 @@ def davis(model, root):
                 mask = Image.open(root / "Annotations/480p" / video / f"{path.stem}.png")
                 truth.append(pil_to_tensor(mask))
             scores[video] = jaccard(torch.stack(features), torch.cat(truth))
-    except (OSError, RuntimeError) as e:
+        objects = [J for video in scores.values() for J in video]
+        mean = sum(objects) / len(objects)
+    except (OSError, RuntimeError, ZeroDivisionError) as e:
         raise UserError(f"--davis {root}: unreadable, or not the layout of DAVIS-2017 at 480p ({e})")
-    objects = [J for video in scores.values() for J in video]
-    mean = sum(objects) / len(objects)
     say(f"DAVIS-2017: J mean {mean:.3f} of {len(objects)} objects")
     return {"J mean": mean, "videos": scores}
 
 # ======== 6. Pictures: does EF turn with an image while IR stays?
-
-TURNS = (0.0, 30.0, 60.0, 90.0)
-
 def components(tokens):
     """Three principal components, the same for all turns, as colours in [0, 1]: (T, n, D) -> (T, 3, n)."""
     x = tokens.flatten(0, 1)
@@ -431,17 +397,15 @@ def components(tokens):
     return x.unflatten(0, tokens.shape[:2]).mT
 
 @torch.no_grad()
-def draw(model, path, tile=128):
-    """A PIL image: a file at each of TURNS, below it components of its parts and attention of its heads.
-
+def draw(model, path, turns=(0.0, 30.0, 60.0, 90.0), tile=128):
+    """A PIL image: a file, turned by degrees, below it components of its parts and attention of its heads.
     Raises UserError for a file that cannot be read."""
     size = model.cfg.global_size
     side = size // model.backbone.patch_size
     pixels, aspect = clever.decode(path, clever.stored_side(size))
-    angle = torch.tensor(TURNS, device=model.device)
-    pixels = pixels.to(model.device).expand(len(TURNS), -1, -1, -1)
-    flip = torch.zeros_like(angle, dtype=torch.bool)
-    images = clever.centre_view(pixels, torch.full_like(angle, aspect), size, flip, angle)
+    angle = torch.tensor(turns, device=model.device)
+    pixels = pixels.to(model.device).expand(len(turns), -1, -1, -1)
+    images = clever.centre_view(pixels, torch.full_like(angle, aspect), size, angle > 90, angle)  # no flip
     x = clever.normalize(images)
     tokens = model.backbone.get_intermediate_layers(x)[0][:, 1:]  # (T, n, D)
     attention = model.backbone.get_last_selfattention(x)[:, :, :1, 1:]  # (T, heads, 1, n), of the CLS token
@@ -451,16 +415,15 @@ def draw(model, path, tile=128):
     for head, weight in enumerate(attention.unbind(1)):
         rows[f"head {head + 1}"] = (weight / weight.max()).unflatten(2, (side, side))
     tiles = [F.interpolate(row, (tile, tile)).expand(-1, 3, -1, -1) for row in rows.values()]
-    sheet = to_pil_image(make_grid(torch.cat(tiles), nrow=len(TURNS), padding=16))
+    sheet = to_pil_image(make_grid(torch.cat(tiles), nrow=len(turns), padding=16))
     pen = ImageDraw.Draw(sheet)
     for row, name in enumerate(rows):
-        for column, degrees in enumerate(TURNS):
+        for column, degrees in enumerate(turns):
             place = (16 + column * (tile + 16), 2 + row * (tile + 16))  # above the tile
             pen.text(place, f"{name}, {degrees:.0f} degrees", "white")
     return sheet
 
 # ======== 7. The command line
-
 def read_results(file):
     """The sections of an eval.json; {} where there is none. Raises UserError for a file of another kind."""
     try:
@@ -470,11 +433,8 @@ def read_results(file):
 
 def add_results(out, section, numbers, p):
     """Add a section to eval.json, named by the data, weights and labels of the command line too."""
-    words = [section, p.data, p.weights and os.path.abspath(p.weights)]
-    if p.labels < 1:
-        words.append(f"labels {p.labels}")
-    if p.quick:
-        words.append("quick")
+    labels = f"labels {p.labels}" if p.labels < 1 else ""
+    words = [section, p.data, p.weights and os.path.abspath(p.weights), labels, "quick" if p.quick else ""]
     known = read_results(out / "eval.json")
     known[" ".join(filter(None, words))] = {**numbers, "settings": vars(p)}
     if not clever.write(out / "eval.json", json.dumps(known, indent=1)):
@@ -482,8 +442,8 @@ def add_results(out, section, numbers, p):
     say(f"written to {out / 'eval.json'}")
 
 def run(p):
-    """Evaluate as asked. Raises UserError."""
-    # 1. Everything that may be refused, before anything is written.
+    """Evaluate as asked: the probes on all processes, the rest on rank 0. Raises UserError.
+    What may be refused comes first, before anything is written."""
     cfg, untrained, trained = open_model(p)
     out = Path(p.out or p.run or Path(p.weights).parent).absolute()
     read_results(out / "eval.json")
@@ -495,7 +455,6 @@ def run(p):
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
         raise UserError(f"--out {out} cannot be written ({e.strerror}); name another folder")
-    # 2. The probes, on all processes.
     if p.probing:
         table = evaluate(p, model, train, val)
     rank, _ = distributed()
@@ -503,16 +462,14 @@ def run(p):
         dist.destroy_process_group()  # on success alone: a failed rank would wait here for the others
     if rank > 0:
         return
-    # 3. The rest, on rank 0.
     if p.visualize:
         draw(model, p.visualize).save(out / "visualize.png")
         say(f"written to {out / 'visualize.png'}")
-    elif p.davis:
+    if p.davis:
         add_results(out, "davis", davis(model, Path(p.davis)), p)
-    elif p.finetune:
-        add_results(out, "finetune", table, p)
-    else:
-        add_results(out, "probes", table, p)
+    if p.probing:
+        add_results(out, "finetune" if p.finetune else "probes", table, p)
+    if p.probing and not p.finetune:
         add_results(out, "rotation", clever.compare(cfg, train, val, untrained, trained, device), p)
 
 def main(argv):
