@@ -23,9 +23,10 @@ BESIDE = {"EF_own": (("EF_other_view", "--"), ("EF_other_image", ":"))}
 
 
 def read(path):
-    """The whole lines of a log.jsonl, as dicts; a run may be writing the last."""
+    """The whole lines of a log.jsonl, as dicts; of a step that a resumed run repeated, the later one."""
     with open(path) as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
+        lines = [json.loads(line) for line in file if line.endswith("\n")]  # a run may be writing the last
+    return list({line["step"]: line for line in lines}.values())
 
 
 def draw(ax, lines, key, **style):
