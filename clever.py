@@ -2,7 +2,7 @@
 
     torchrun clever.py                                          the demo: no data, no download
     torchrun --nproc-per-node gpu clever.py --data IMAGENET100 --out runs/in100    the paper's recipe
-    python clever.py --data MY_IMAGES --recipe small            your own small images, on a laptop
+    python clever.py --data MY_IMAGES --recipe small            your own images, shrunk to 32 px, on a laptop
     python clever.py --data cifar10 --method dino --aug baug    the baseline
     python clever.py --out runs/in100 --resume                  go on where a run stopped
 
@@ -12,7 +12,7 @@ and differ in the equivariant factor (EF). Each part has a projection head, h_IR
 by gradient from a teacher, which is the moving average of the student (DINO, arXiv 2104.14294):
 
     P = softmax((h_IR(z_IR) of the teacher - c) / 0.04)    Q = softmax(h_IR(z_IR) of the student / 0.1)
-    P' and Q' are the same of h_EF(z_EF), with a centre c' of their own
+    P', Q' the same of h_EF(z_EF), with its own c'. c: the moving average of the teacher's logits
 
     L_CL   = mean of -P_i . log Q_j      over the global views i and all views j != i of an image
     L_Orth = mean of |cos(P'_i, Q'_j)|   over the same pairs
@@ -20,8 +20,8 @@ by gradient from a teacher, which is the moving average of the student (DINO, ar
     L      = L_CL + lambda_orth L_Orth + lambda_reg L_PReg
 
 Without the split this is DINO, `--method dino`: L = L_CL.
-Letters in comments: B images, stored as squares of S pixels, V views of each, G of them global, D features,
-K prototypes, N rows, n tokens.
+Letters in comments: B images of this process, stored as S x S pixels; V views of each, the first G = 2 global;
+D features (d of a part), K prototypes (K' of EF), N or M rows, n tokens, C classes.
 """
 import argparse
 import dataclasses
@@ -91,7 +91,7 @@ class CLeVER(nn.Module):
         z = [None] * len(views)
         for size in sorted({view.shape[-1] for view in views}):
             same = [i for i, view in enumerate(views) if view.shape[-1] == size]
-            images = torch.stack([views[i] for i in same], 1)  # (B, same, 3, h, w), see `stochastic_depth`
+            images = torch.stack([views[i] for i in same], 1)  # (B, same, 3, h, w): an image's rows adjoin
             features = self.backbone(images.flatten(0, 1))  # (B * same, D)
             for k, i in enumerate(same):
                 z[i] = features[k::len(same)]  # (B, D)
@@ -178,7 +178,7 @@ def train_step(t, views, step):
     t.optimizer.zero_grad()
     terms["loss"].backward()
 
-    # 4. The student's step: each parameter's gradient is clipped on its own; prototypes rest at first.
+    # 4. The student's step: each parameter's gradient is clipped on its own; prototypes are frozen at first.
     for p in t.student.parameters():
         nn.utils.clip_grad_norm_(p, CLIP)
     if step < cfg.freeze_epochs * t.steps_per_epoch:
@@ -202,7 +202,7 @@ CLIP = 3.0  # largest norm of a parameter's gradient
 CENTRE_MOMENTUM = 0.9
 MIN_LR = 1e-6  # at the end of the cosine
 
-GROUPS = dict(data="data", method="method", aug="views", epochs="optimisation", seed="run")  # by first option
+GROUPS = dict(data="data", method="method", aug="views", epochs="optimisation", seed="run")  # of --help
 
 def option(default, help, *allowed):
     """A field of `Config`: its default, its help, and the lowest and highest number, or words, allowed."""
@@ -213,7 +213,7 @@ class Config:
     """Every option. The command line is made of it (section 10); DINO has ratio 1 whoever builds it."""
     data: str = option("patterns", "patterns, cifar10, cifar100 or a folder, sorted by train/<class> or not")
     out: str = option("", "folder of the run; empty: runs/<data>-<method>-<aug>-<time>")
-    recipe: str = option("paper", "paper, small, demo: of the other defaults", "paper", "small", "demo")
+    recipe: str = option("paper", "which defaults the others take", "paper", "small", "demo")
     workers: int = option(-1, "processes that decode images; -1: one a core, 16 at most", -1, 1024)
     method: str = option("clever", "clever, or dino: the baseline, without the split", "clever", "dino")
     ratio: float = option(0.8, "rho: the first int(rho * D) features are IR, the others EF", 0, 1)
@@ -234,11 +234,11 @@ class Config:
     epochs: int = option(200, "passes over the data; the first tenth, 10 at most, warms up", 1, 1e6)
     batch: int = option(512, "images a step, over all processes", 1, 1e6)
     lr: float = option(5e-4, "peak learning rate for 256 images a step; scaled by batch / 256", 1e-9, 100)
-    weight_decay: tuple = option((0.04, 0.4), "at the start, at the end; none on biases and norms", 0, 100)
+    weight_decay: tuple = option((0.04, 0.4), "at the start, at the end; none on 1-D parameters", 0, 100)
     freeze_epochs: int = option(1, "epochs with frozen prototypes; more if the loss does not fall", 0, 1e6)
     drop_path: float = option(0.1, "stochastic depth of the student's last block, 0 at its first", 0, 0.99)
     seed: int = option(0, "of everything random", 0, 2 ** 62)
-    precision: str = option("auto", "bf16, fp32; auto: bf16 on a GPU alone", "auto", "fp32", "bf16")
+    precision: str = option("auto", "bf16, fp32; auto: bf16 only on a GPU", "auto", "fp32", "bf16")
     compile: bool = option(False, "torch.compile the networks and the losses")
     resume: bool = option(False, "go on with the run in --out")
 
@@ -299,9 +299,8 @@ def warp(images, size, box, flip, angle, shift=None):
         point = point + shift  # (B, size, size, 2)
     inside = (point.abs() <= 1).all(-1)  # (B or 1, size, size)
     x, y = point.unbind(-1)  # each (B or 1, size, size)
-    cos = angle.deg2rad().cos()[:, None, None]
-    sin = angle.deg2rad().sin()[:, None, None]
-    x, y = cos * x - sin * y, sin * x + cos * y  # rotation, corners stay black
+    turn = angle.deg2rad()[:, None, None]  # (B, 1, 1)
+    x, y = turn.cos() * x - turn.sin() * y, turn.sin() * x + turn.cos() * y  # rotation, corners stay black
     inside = inside & (x.abs() <= 1) & (y.abs() <= 1)
     x = torch.where(flip[:, None, None], -x, x)  # flip
     cx, cy, hx, hy = box[:, :, None, None].unbind(1)  # each (B, 1, 1)
@@ -325,7 +324,7 @@ def crop_box(area, shape, place, aspect):
     return torch.cat([centre, half], 1)
 
 def gaussian_matrix(size, sigma, radius):
-    """Matrices M that blur: M X Mᵀ is the image X, blurred, mirrored at its ends. sigma (B,) in pixels."""
+    """Matrices M that blur: M X Mᵀ is the image X blurred, mirrored at its ends. sigma (B,); radius < size."""
     tap = torch.arange(-radius, radius + 1, device=sigma.device)
     weight = torch.exp(-0.5 * (tap / sigma[:, None]) ** 2)  # (B, taps)
     weight = weight / weight.sum(1, keepdim=True)
@@ -387,7 +386,7 @@ class MultiCrop(nn.Module):
 
     @torch.no_grad()
     def forward(self, images, aspect, step):
-        """This rank's bytes (B, 3, S, S) and width / height (B,) -> a list of V views (B, 3, size, size)."""
+        """This process's bytes (B, 3, S, S) and width / height (B,) -> V views (B, 3, size, size)."""
         gen = generator(images.device, self.cfg.seed, "views", step)
         orders = random.Random(seed_of(self.cfg.seed, "orders", step))  # known without asking the device
         images = images.to(torch.float32) / 255
@@ -507,7 +506,7 @@ class VisionTransformer(nn.Module):
         init_linear(self, init_std)
 
     def tokens(self, x):
-        """Images (N, 3, H, W) -> tokens (N, 1 + n, D), CLS first, and positions of an h x w grid."""
+        """Images (N, 3, H, W) -> tokens (N, 1 + n, D): CLS, then the n = h * w patches, with positions."""
         x = self.patch_embed.proj(x)  # (N, D, h, w)
         side = math.isqrt(self.pos_embed.shape[1])
         pos = self.pos_embed[:, 1:].mT.unflatten(2, (side, side))  # (1, D, side, side)
@@ -544,7 +543,7 @@ VIT = dict(  # with init_std 0.02 the blocks of the narrow vit_micro would be ne
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 
 def build_backbone(arch, img_size, drop_path=0.0, patch_size=None):
-    """A backbone f with .embed_dim: (N, 3, H, W) -> (N, D). img_size: side of the global views in pixels."""
+    """A backbone f with .embed_dim: (N, 3, H, W) -> (N, D), or UserError. img_size: side of global views."""
     if arch in VIT:
         shape = {**VIT[arch], "patch_size": patch_size or VIT[arch]["patch_size"]}
         return VisionTransformer(img_size, drop_path=drop_path, **shape)
@@ -559,7 +558,7 @@ def build_backbone(arch, img_size, drop_path=0.0, patch_size=None):
         return net.to(memory_format=torch.channels_last)
     if arch == "vmamba_tiny":
         from assets.vmamba import VMamba
-        return VMamba(2 * drop_path)  # its authors' 0.2 where ViTs have 0.1
+        return VMamba(min(2 * drop_path, 0.99))  # its authors' 0.2 where ViTs have 0.1
     raise UserError(f"--arch {arch} is unknown; expected {', '.join((*VIT, *RESNETS))} or vmamba_tiny")
 
 # ======== 7. The data: a worker decodes and squashes to a square of bytes
@@ -570,7 +569,6 @@ def draw_patterns(count, seed, side=32):
 
     def between(low, high):
         return low + (high - low) * torch.rand(count, 1, 1, generator=gen)
-
     axis = (torch.arange(2 * side) + 0.5) / 2 - side / 2  # drawn at twice the size
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     tilt = between(-10, 10).deg2rad()
@@ -606,12 +604,12 @@ def squash(pixels, side):
     return F.interpolate(pixels[None], (side, side), mode="bicubic", antialias=True)[0]
 
 def decode(path, side):
-    """An image file, turned as its EXIF says, squashed to bytes (3, side, side), and its width / height."""
+    """An image file, upright by its EXIF: bytes (3, side, side), its width / height. Raises UserError."""
     try:
         if not os.path.isfile(path):  # to open a pipe would hang
             raise OSError("no regular file")
         with Image.open(path) as image:
-            image.draft("RGB", (side, side))  # a JPEG decodes smaller, but no less
+            image.draft("RGB", (side, side))  # a JPEG decodes smaller, not below side
             image = ImageOps.exif_transpose(image)
             if image.mode in ("I", "F"):
                 raise ValueError("pixels of 32 bits have no known range")
@@ -654,8 +652,9 @@ class Images(Dataset):
             workers = 0  # nothing to do for them
         if workers < 0:
             workers = min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        fork = "fork" if workers and sys.platform == "linux" else None  # a signal would kill a fork server
         loader = DataLoader(self, batch_sampler=index_lists, num_workers=workers, worker_init_fn=quiet_worker,
-                            pin_memory=device.type == "cuda")
+                            pin_memory=device.type == "cuda", multiprocessing_context=fork)
         for pixels, aspect in loader:
             yield pixels.to(device, non_blocking=True), aspect.to(device, torch.float32, non_blocking=True)
 
@@ -665,7 +664,7 @@ def quiet_worker(_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 def load_images(data, subset, side):
-    """The "train" or "val" images of a data set at side x side pixels; without labels there are no "val"."""
+    """The "train" or "val" images at side x side pixels; without labels "val" is None. Raises UserError."""
     if data == "patterns":
         pixels, labels = draw_patterns(4096, 0) if subset == "train" else draw_patterns(2000, 1)
         return Images(side, labels, list("0123456789"), pixels=pixels)
@@ -688,7 +687,7 @@ def load_images(data, subset, side):
             if name.lower().endswith(IMG_EXTENSIONS) and name not in ("crops.png", "visualize.png"):
                 paths.append(os.path.join(folder, name))
     if not paths:
-        raise UserError(f"--data {data}: no image in {root}; expected patterns, cifar10, cifar100, or a folder "
+        raise UserError(f"--data {data}: no image in {root}; expected patterns, cifar10, cifar100 or a folder "
                         f"of train/<class>/* and val/<class>/*, or of images ({' '.join(IMG_EXTENSIONS)})")
     paths.sort()
     names = [os.path.relpath(path, root).split(os.sep)[0] for path in paths]  # the folders in root
@@ -708,7 +707,7 @@ def batches(count, cfg, start, stop):
         yield order[first:first + share].tolist()
 
 # ======== 8. The loop: what changes while training, collapse metrics, checkpoints, log
-LOOK_EVERY = 10  # steps between looks at the results, each a line of the log: to look is to wait for a GPU
+LOG_EVERY = 10  # steps between lines of the log: to read a loss is to wait for the device
 SAVE_EVERY = 600  # seconds between checkpoints; each epoch ends with one
 
 def distributed():
@@ -726,9 +725,9 @@ def gather(x):
     """The images of all processes, in the order of the ranks: (G, B, ...) -> (G, world * B, ...)."""
     if not dist.is_initialized():
         return x
-    parts = [torch.empty_like(x) for _ in range(dist.get_world_size())]
-    dist.all_gather(parts, x.contiguous())
-    return torch.cat(parts, 1)
+    shares = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+    dist.all_gather(shares, x.contiguous())
+    return torch.cat(shares, 1)
 
 def cosine_schedule(start, end, steps, warmup=0):
     """A value for each step: linear from 0 to `start` over `warmup` steps, then a cosine to `end` (DINO)."""
@@ -738,7 +737,7 @@ def cosine_schedule(start, end, steps, warmup=0):
     return torch.cat([ramp, cosine]).tolist()
 
 def autocast(device, precision):
-    """The context of the networks' forward passes; parameters stay float32. auto: bf16 on a GPU alone."""
+    """The context of the networks' forward passes; parameters stay float32. auto: bf16 only on a GPU."""
     bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
@@ -767,9 +766,9 @@ class Training:
         for net in (self.student, self.teacher):
             if several and self.device.type == "cuda":
                 nn.SyncBatchNorm.convert_sync_batchnorm(net)  # in place: statistics of the whole batch
-            for part in (net.backbone, *net.heads):
+            for module in (net.backbone, *net.heads):
                 if cfg.compile:
-                    part.compile(dynamic=False)
+                    module.compile(dynamic=False)
         self.loss = torch.compile(clever_loss) if cfg.compile else clever_loss
         self.ddp = nn.parallel.DistributedDataParallel(self.student) if several else self.student
 
@@ -778,7 +777,7 @@ def collapse_metrics(features, P, Q):
     entropy: of P, on average (ln K: uniform); kl_uniform: of the mean P (ln K: one prototype takes all); std:
     of the normalised features, times sqrt(d) (0: constant, about 1: healthy); rank: exp of the entropy of the
     singular values (arXiv 2210.02885); own, other_view, other_image: the mean cosine of P with Q of the same
-    view, of the other global view, of another image. Where the first two agree, the view is not known."""
+    view, of the other global view, of another image. Where own equals other_view, the view is not known."""
     mean = P.mean((0, 1), dtype=torch.float64)  # (K,)
     features = features.double().flatten(0, 1)  # (G * B, d)
     unit = F.normalize(features, dim=-1)
@@ -822,11 +821,11 @@ def look(t):
             t.alarmed.add(part)
     return metrics
 
-def say(text):
+def say(text, end="\n"):
     """Print beside the progress bar, on rank 0; a closed pipe or a full disk does not end a run."""
     with suppress(OSError, ValueError, AttributeError):  # full, closed, none at all
         if distributed()[0] == 0:
-            tqdm.write(text)
+            tqdm.write(text, end=end)
             sys.stdout.flush()
 
 def write(path, content):
@@ -845,7 +844,7 @@ def write(path, content):
         return False
 
 def open_folder(cfg):
-    """The folder of a run, with config.json, and the lock that rank 0 holds until the end. Raises UserError."""
+    """The folder of a run, with config.json, and the lock that rank 0 holds to the end. Raises UserError."""
     now = time.strftime("%m%d-%H%M%S")
     out = Path(cfg.out or f"runs/{Path(cfg.data).resolve().name}-{cfg.method}-{cfg.aug}-{now}")
     lock = FileLock(out / "lock", timeout=0)
@@ -862,7 +861,7 @@ def open_folder(cfg):
     return out, lock
 
 def save(t, data, out):
-    """Rank 0 writes backbone.pt and checkpoint.pt. Returns whether it worked."""
+    """Rank 0 writes backbone.pt, checkpoint.pt. Returns whether it worked; UserError: a weight not finite."""
     if distributed()[0] > 0:
         return True
     if not all(p.isfinite().all() for p in t.student.parameters()):
@@ -883,7 +882,7 @@ def restore(t, data, out):
         for p, moments in t.optimizer.state.items():  # of another shape they would crash AdamW
             if not p.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
                 raise ValueError("the optimiser's state has another shape")
-        t.step = range(len(t.lr) + 1).index(state["step"])
+        t.step = range(len(t.lr) + 1).index(state["step"])  # ValueError: no step of this run
     except Exception as e:
         reason = " ".join(str(e).split())[:200]
         raise UserError(f"{path} is missing, damaged or not of this run ({type(e).__name__}: {reason}); "
@@ -913,7 +912,7 @@ def setup(batch):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
-    if "RANK" in os.environ and not dist.is_initialized():
+    if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device
 
@@ -922,7 +921,7 @@ def stored_side(size):
     return size if size <= 64 else round(size * 10 / 7)
 
 def train(cfg):
-    """Train as configured, on all processes: (the `Training`, training and test images, folder of the run)."""
+    """Train as cfg says: (the `Training`, training images, test images or None, folder). Raises UserError."""
     data = load_images(cfg.data, "train", stored_side(cfg.global_size))
     if cfg.batch > len(data):
         raise UserError(f"--batch {cfg.batch} is larger than the data of {len(data)} images; lower it")
@@ -965,12 +964,12 @@ def train(cfg):
         t.step += 1
         bar.update(cfg.batch)
         epoch_ends = t.step % t.steps_per_epoch == 0
-        if not epoch_ends and t.step % LOOK_EVERY > 0:
+        if not epoch_ends and t.step % LOG_EVERY > 0:
             continue
         means = mean_over_processes(torch.stack([*sums.values()]) / (t.step - first))
         line = dict(zip(sums, means.tolist()), step=t.step, epoch=t.step / t.steps_per_epoch)
         if not math.isfinite(line["loss"]):
-            raise UserError(f"not finite: {line}; the checkpoint is from before. Try a lower --lr, or fp32")
+            raise UserError(f"not finite: {line}; the checkpoint is older. Try lower --lr or --precision fp32")
         line["lr"] = t.lr[t.step - 1]
         line["images_per_second"] = (t.step - first) * cfg.batch / (time.monotonic() - began)
         told = f"epoch {line['epoch']:.2f}/{cfg.epochs}"
@@ -1004,7 +1003,7 @@ def train(cfg):
 CHUNK = 256  # images that pass the backbone together
 
 def centre_view(images, aspect, size, flip, angle, shift=None):
-    """The test view: bytes (B, 3, S, S) -> (B, 3, size, size) in [0, 1], the centre of the shorter side."""
+    """The test view: bytes (B, 3, S, S) -> (B, 3, size, size) in [0, 1]: the centre square."""
     fraction = 0.875 if size > 64 else 1.0  # 224 of 256 pixels
     half = torch.stack([(1 / aspect).clamp(max=1), aspect.clamp(max=1)], 1) * fraction  # (B, 2)
     box = torch.cat([torch.zeros_like(half), half], 1)  # (B, 4)
@@ -1079,8 +1078,8 @@ def print_table(head, rows):
 # ======== 10. The command line
 def parse(argv):
     """The `Config` that a command line asks for: its options over the recipe. Raises UserError."""
-    parser = argparse.ArgumentParser("clever.py", argparse.SUPPRESS, "In brackets: the values of this command.",
-                                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser = argparse.ArgumentParser("clever.py", usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS,
+                                     allow_abbrev=False, description="In brackets: values of this command.")
     for field in dataclasses.fields(Config):
         kind = dict(type=field.type, metavar="X")
         if field.type is tuple:
@@ -1101,8 +1100,8 @@ def parse(argv):
     else:
         recipe = given.get("recipe", RECIPE_OF.get(given.get("data", "patterns"), "paper"))
         cfg = Config(**{**RECIPES.get(recipe, {}), **given, "recipe": recipe})
-        if given.get("ratio", cfg.ratio) != cfg.ratio:
-            raise UserError(f"--method dino has no split; leave out --ratio {given['ratio']}")
+    if given.get("ratio", cfg.ratio) != cfg.ratio:
+        raise UserError(f"--method dino has no split; leave out --ratio {given['ratio']}")
     parser.set_defaults(**vars(cfg))
     parser.parse_args(argv)  # with --help this ends here
     return cfg
@@ -1120,6 +1119,7 @@ def guarded(name, work):
         work()
         return 0
     except SystemExit as e:
+        say("", end="")  # what argparse printed: os._exit does not flush
         return e.code
     except KeyboardInterrupt:
         code, words = 130, "interrupted"
@@ -1127,8 +1127,8 @@ def guarded(name, work):
         code, words = 2, str(e).split("UserError: ")[-1].strip()  # a loader's worker puts more before it
     except Exception:
         code, words = 1, traceback.format_exc()
-    if dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{name}: {words}", file=sys.stderr, flush=True)  # what is wrong for all is said once
+    if code == 1 or dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":
+        print(f"{name}: {words}", file=sys.stderr, flush=True)  # before they join, the error is everyone's
     return code
 
 def main(argv):
@@ -1137,7 +1137,7 @@ def main(argv):
         t, data, val, out = train(parse(argv))
         rank, _ = distributed()
         if dist.is_initialized():
-            dist.destroy_process_group()  # on success alone: a failed rank would wait here for the others
+            dist.destroy_process_group()  # on success alone: a failed process would wait here for the others
         if rank == 0 and val:
             torch.manual_seed(t.cfg.seed)
             untrained = build_backbone(t.cfg.arch, t.cfg.global_size)  # as `Training` made it
@@ -1147,4 +1147,4 @@ def main(argv):
     return guarded("clever.py", work)
 
 if __name__ == "__main__":
-    os._exit(main(sys.argv[1:]))  # at once: neither a loader's worker nor another rank holds it up
+    os._exit(main(sys.argv[1:]))  # at once: neither a loader's worker nor another process holds it up

@@ -760,7 +760,7 @@ def test_the_demo(tmp_path):
 def test_what_a_run_logs_and_prints(data, tmp_path, monkeypatch, capsys):
     clock = argparse.Namespace(monotonic=itertools.count(0, 61).__next__, strftime=time.strftime)
     monkeypatch.setattr(clever, "time", clock)
-    monkeypatch.setattr(clever, "LOOK_EVERY", 2)
+    monkeypatch.setattr(clever, "LOG_EVERY", 2)
     assert clever.main(flags(tmp_path / "run", data=data, epochs=1)) == 0
     said = capsys.readouterr().out
     assert said.count("\nepoch ") == 2 and "24 images, no val/: no comparison" in said
@@ -800,6 +800,14 @@ def test_without_fcntl():
     code = "import sys; sys.modules.update(fcntl=None, resource=None); import clever; clever.main(['--k'])"
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
     assert done.stderr == "clever.py: error: unrecognized arguments: --k\n", done
+
+# claim 16: --help shows the values that a command would use, into a pipe too.
+def test_help_shows_the_values_of_a_command():
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, HERE / "clever.py", "--method", "dino", "--help"]
+    said = subprocess.run(command, env=env, capture_output=True, text=True).stdout
+    for words in ("views:", "--lambda-orth", "IR, the others EF [1.0]", "[demo]"):
+        assert words in re.sub(r"\s+", " ", said), said
 
 # claim 17: without the same classes in train/ and val/ nothing begins; the crops.png of a run is no image.
 def test_folders_of_images(labelled, tmp_path, capsys):

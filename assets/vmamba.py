@@ -1,8 +1,9 @@
-"""VMamba-Tiny (arXiv 2401.10166) in plain PyTorch: `--arch vmamba_tiny`.
+"""VMamba-Tiny (arXiv 2401.10166) in plain PyTorch: `--arch vmamba_tiny` of clever.py.
 
-A map (B, H, W, D) is read as sequences in 4 directions, of L = H W steps. Parameters have the names of the
-original. This is also how any backbone of one's own is added: see `build_backbone` in clever.py.
-Letters in comments: B images, H x W positions, D features, L steps, R the rank of the time step.
+A map (B, H, W, D) is read as sequences of L = H W positions in 4 directions. Parameters have the names of the
+original; the size of Mamba's state is 1. It also shows how a backbone of one's own is added: `build_backbone`
+in clever.py makes it, and it needs `embed_dim` and (N, 3, H, W) -> (N, D). If you rename clever.py, rename it
+below. Letters in comments: B images, H x W positions, L of them, D features, R the rank of the time step.
 """
 import math
 from collections import OrderedDict
@@ -103,12 +104,12 @@ class VSSBlock(nn.Module):
         self.mlp = mlp(dim)
 
     @torch.compiler.disable  # which would unroll the scan, for each size of map
-    def scan(self, x):
+    def mix(self, x):
         """The operator; autograd would keep every state of it: the backward computes them again."""
         return checkpoint(self.op, x, use_reentrant=False)
 
     def forward(self, x):
-        x = x + stochastic_depth(self.scan(self.norm(x)), self.drop_path, self.training)
+        x = x + stochastic_depth(self.mix(self.norm(x)), self.drop_path, self.training)
         return x + stochastic_depth(self.mlp(self.norm2(x)), self.drop_path, self.training)
 
 def halve(dim, wider):
