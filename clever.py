@@ -942,7 +942,7 @@ def train(cfg):
     say(f"{cfg.method}, {cfg.arch} of {million:.1f}M parameters, {cfg.aug}, {world} x {device}\n"
         f"{cfg.data}: {len(data)} images, {labels}\n"
         f"{cfg.epochs} epochs of {t.steps_per_epoch} steps of {cfg.batch} images, peak lr {max(t.lr):.2g}\n"
-        f"writes to {out}, from step {t.step}")
+        f"precision {cfg.precision}; writes to {out}, from step {t.step}")
     signals = []  # the SIGTERM and SIGINT that came
 
     def note(number, frame):

@@ -137,6 +137,8 @@ def test_the_teacher_is_not_random():
     t = clever.Training(tiny(drop_path=0.3), 1)
     assert [block.drop_path for block in t.student.backbone.blocks] == pytest.approx([0, 0.1, 0.2, 0.3])
     assert [block.drop_path for block in t.teacher.backbone.blocks] == [0] * 4
+    net = clever.build_backbone("vmamba_tiny", 32, 0.5)  # twice as much at its last block, below 1
+    assert max(m.drop_path for m in net.modules() if isinstance(m, vmamba.VSSBlock)) == 0.99
     x = clever.stochastic_depth(torch.ones(6000, 2).double(), 0.25, training=True)
     happens(x[:, 0] > 0, 0.75)
     close(x.unique(), torch.tensor([0, 1 / 0.75], dtype=torch.float64))

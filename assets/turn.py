@@ -6,7 +6,7 @@ augmentation knows, the outputs of all views of an image must agree, over the pa
 
     L_Turn = mean of 1 - cos(R(-angle_i) e_i, R(-angle_j) e_j)      e_i of the teacher, e_j of the student
 
-A constant costs 1 - (2 / pi)^2 = 0.59, a true solution 0. What it gains and costs: results.md, section 6.
+A constant costs 1 - (2 / pi)^2 = 0.59, a true solution 0. What it gains and costs: results.md, section 3.
 """
 import os
 import sys
