@@ -1064,7 +1064,7 @@ def compare(cfg, train_data, val_data, untrained, trained, device):
             known[when]["R2 of the angle"][part] = ridge_r2(turned[:, i], angle, rotated[:, i], angle_val)
     rows = []
     for what, row in known["after"].items():
-        rows.append([what] + [f"{known['before'][what][part]:.3g} -> {row[part]:.3g}" for part in row])
+        rows.append([what] + [f"{known['before'][what][part]:#.3g} -> {row[part]:#.3g}" for part in row])
     print_table(["untrained -> trained", *row], rows)
     say("\nOn held-out images. k-NN in %. R2: 1 reads the angle exactly, 0 not at all, below 0: worse still.")
     return known
