@@ -212,7 +212,7 @@ def option(default, help, *allowed):
 class Config:
     """Every option. The command line is made of it (section 10); DINO has ratio 1 whoever builds it."""
     data: str = option("patterns", "patterns, cifar10, cifar100 or a folder, sorted by train/<class> or not")
-    out: str = option("", "folder of the run; empty: runs/<data>-<method>-<aug>-<time>")
+    out: str = option("auto", "folder of the run; auto: runs/<data>-<method>-<aug>-<time>")
     recipe: str = option("paper", "which defaults the others take", "paper", "small", "demo")
     workers: int = option(-1, "processes that decode images; -1: one a core, 16 at most", -1, 1024)
     method: str = option("clever", "clever, or dino: the baseline, without the split", "clever", "dino")
@@ -845,8 +845,8 @@ def write(path, content):
 
 def open_folder(cfg):
     """The folder of a run, with config.json, and the lock that rank 0 holds to the end. Raises UserError."""
-    now = time.strftime("%m%d-%H%M%S")
-    out = Path(cfg.out or f"runs/{Path(cfg.data).resolve().name}-{cfg.method}-{cfg.aug}-{now}")
+    name = f"{Path(cfg.data).resolve().name}-{cfg.method}-{cfg.aug}-{time.strftime('%m%d-%H%M%S')}"
+    out = Path("runs", name) if cfg.out == "auto" else Path(cfg.out)
     lock = FileLock(out / "lock", timeout=0)
     if distributed()[0] == 0:
         try:
@@ -969,7 +969,7 @@ def train(cfg):
         means = mean_over_processes(torch.stack([*sums.values()]) / (t.step - first))
         line = dict(zip(sums, means.tolist()), step=t.step, epoch=t.step / t.steps_per_epoch)
         if not math.isfinite(line["loss"]):
-            raise UserError(f"not finite: {line}; the checkpoint is older. Try lower --lr or --precision fp32")
+            raise UserError(f"not finite: {line}; try a lower --lr or --precision fp32, in another --out")
         line["lr"] = t.lr[t.step - 1]
         line["images_per_second"] = (t.step - first) * cfg.batch / (time.monotonic() - began)
         told = f"epoch {line['epoch']:.2f}/{cfg.epochs}"
@@ -1091,7 +1091,7 @@ def parse(argv):
         group.add_argument(flag(field.name), help=field.metadata["help"] + " [%(default)s]", **kind)
     given = vars(parser.parse_args([word for word in argv if word not in ("-h", "--help")]))
     if given.get("resume"):
-        run = load_config(given.get("out") or "--out")
+        run = load_config(given.get("out", "--out"))
         cfg = dataclasses.replace(run, **given)
         for name in sorted(given.keys() - {"out", "workers", "resume"}):
             if getattr(cfg, name) != getattr(run, name):
