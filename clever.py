@@ -435,7 +435,7 @@ class MultiCrop(nn.Module):
             x = torch.where(solarised & (x >= 0.5), 1 - x, x)
         return normalize(x)
 
-# ======== 6. The backbones: parameters have the names of timm and DINO (ViT), torchvision (ResNet) and VMamba
+# ======== 6. The backbones, with the names of timm and DINO (ViT) and of torchvision (ResNet)
 def init_linear(module, std=0.02):
     """Truncated-normal weights and zero biases in all linear layers of a module."""
     for layer in module.modules():
