@@ -20,7 +20,7 @@ by gradient from a teacher, which is the moving average of the student (DINO, ar
     L      = L_CL + lambda_orth L_Orth + lambda_reg L_PReg
 
 Without the split this is DINO, `--method dino`: L = L_CL.
-Letters in comments: B images of this process, stored as S x S pixels; V views of each, the first G = 2 global;
+Letters in comments: B images of a process, stored as S x S pixels; V views of each, the first G = 2 global;
 D features (d of a part), K prototypes (K' of EF), N or M rows, n tokens, C classes.
 """
 import argparse
@@ -310,7 +310,7 @@ def warp(images, size, box, flip, angle, shift=None):
 
 def crop_box(area, shape, place, aspect):
     """Boxes of random resized crops by torchvision's rule, ten tries and then the centre: (B, 4) for `warp`.
-    area, shape (B, 10) of the tries; place (B, 2): x, y; shape and the image's aspect (B,): width / height."""
+    area, shape (B, 10) of the tries; place (B, 2): x, y; shape and an image's aspect (B,): width / height."""
     w = (area * shape / aspect[:, None]).sqrt()  # (B, 10), as a fraction of the width
     h = (area / shape * aspect[:, None]).sqrt()  # (B, 10), of the height
     fits = (w <= 1) & (h <= 1)
@@ -324,7 +324,7 @@ def crop_box(area, shape, place, aspect):
     return torch.cat([centre, half], 1)
 
 def gaussian_matrix(size, sigma, radius):
-    """Matrices M that blur: M X Mᵀ is the image X blurred, mirrored at its ends. sigma (B,); radius < size."""
+    """Matrices M that blur: M X Mᵀ is an image X blurred, mirrored at its ends. sigma (B,); radius < size."""
     tap = torch.arange(-radius, radius + 1, device=sigma.device)
     weight = torch.exp(-0.5 * (tap / sigma[:, None]) ** 2)  # (B, taps)
     weight = weight / weight.sum(1, keepdim=True)
@@ -390,8 +390,8 @@ class MultiCrop(nn.Module):
         gen = generator(images.device, self.cfg.seed, "views", step)
         orders = random.Random(seed_of(self.cfg.seed, "orders", step))  # known without asking the device
         images = images.to(torch.float32) / 255
-        count = 2 + self.cfg.local_views
-        return [self.make_view(images, aspect, view, gen, orders.sample(range(4), 4)) for view in range(count)]
+        V = 2 + self.cfg.local_views
+        return [self.make_view(images, aspect, view, gen, orders.sample(range(4), 4)) for view in range(V)]
 
     def make_view(self, images, aspect, view, gen, order):
         """View number `view` of images (B, 3, S, S) in [0, 1], normalised: (B, 3, size, size)."""
@@ -622,7 +622,7 @@ def decode(path, side):
 
 class Images(Dataset):
     """Images as files (`paths`) or as bytes in memory (`pixels`); item i: bytes (3, S, S), width / height.
-    A file that `decode` refuses ends the run, or if `mend`, is named and the next good one takes its place."""
+    A file that `decode` refuses ends the run, or if `mend`, is named and the next one takes its place."""
     def __init__(self, side, labels, classes, paths=None, pixels=None, mend=False):
         self.side = side
         self.labels = torch.as_tensor(labels)
@@ -687,8 +687,8 @@ def load_images(data, subset, side):
             if name.lower().endswith(IMG_EXTENSIONS) and name not in ("crops.png", "visualize.png"):
                 paths.append(os.path.join(folder, name))
     if not paths:
-        raise UserError(f"--data {data}: no image in {root}; expected patterns, cifar10, cifar100 or a folder "
-                        f"of train/<class>/* and val/<class>/*, or of images ({' '.join(IMG_EXTENSIONS)})")
+        raise UserError(f"--data {data}: no image in {root}; expected patterns, cifar10, cifar100 or a "
+                        f"folder of train/<class>/* and val/<class>/* or images ({' '.join(IMG_EXTENSIONS)})")
     paths.sort()
     names = [os.path.relpath(path, root).split(os.sep)[0] for path in paths]  # the folders in root
     classes = sorted(set(names))
@@ -766,8 +766,8 @@ class Training:
         for net in (self.student, self.teacher):
             if several and self.device.type == "cuda":
                 nn.SyncBatchNorm.convert_sync_batchnorm(net)  # in place: statistics of the whole batch
-            for module in (net.backbone, *net.heads):
-                if cfg.compile:
+            if cfg.compile:
+                for module in (net.backbone, *net.heads):
                     module.compile(dynamic=False)
         self.loss = torch.compile(clever_loss) if cfg.compile else clever_loss
         self.ddp = nn.parallel.DistributedDataParallel(self.student) if several else self.student

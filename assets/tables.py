@@ -57,12 +57,12 @@ def table(head, rows):
 
 # 1 and 5. CIFAR-10 with BAug, with CAug; tiny100
 KINDS = [(probe, kind) for probe in ("linear", "k-NN") for kind in ("orig", "cj+rot")]
-for runs, parts in (("b", ("all",)), ("e", ("all",)), ("b", ("IR", "EF")), ("e", ("IR", "EF")), ("t", ("all", "IR", "EF"))):
+for runs in ("b", "e", "t"):
     rows = []
-    for name in ("untrained", *METHODS):
+    for name in (("untrained", *METHODS) if runs == "b" else METHODS):  # once: it is CIFAR-10's
         pattern = "untrained-?" if name == "untrained" else f"{runs}-{name}-?"
         probes = section(pattern, "probes")
-        for part in parts:
+        for part in ("all", "IR", "EF"):
             if probes and f"linear {part}" in probes[0]:
                 cells = [cell([run[f"{probe} {part}"][kind][0] for run in probes]) for probe, kind in KINDS]
                 rows.append([name, part, len(probes), *cells])
@@ -85,6 +85,8 @@ for runs in (METHODS, ("s-0.5", "r-1-0.001", "s-0.9")):
     for name in runs:
         reports = read_json(f"{name}-?/compare.json")
         if reports:
-            rows.append([name, len(reports), *told(reports, "k-NN, upright", 1)[:1], *told(reports, "k-NN, rotated", 1),
-                         *told(reports, "R2 of the angle", 2)])
-    table(["", "seeds", "k-NN all, upright", "k-NN all, rotated", "IR", "EF", "R² all", "R² IR", "R² EF"], rows)
+            upright = told(reports, "k-NN, upright", 1)[0]  # of all
+            rotated = told(reports, "k-NN, rotated", 1)
+            rows.append([name, len(reports), upright, *rotated, *told(reports, "R2 of the angle", 2)])
+    table(["", "seeds", "k-NN all, upright", "k-NN all, rotated", "k-NN IR, rotated", "k-NN EF, rotated",
+           "R² all", "R² IR", "R² EF"], rows)
