@@ -360,8 +360,7 @@ def blend(other, x, factor):
     return torch.lerp(other, x, factor[:, None, None, None]).clamp(0, 1)
 
 def color_jitter(x, brightness, contrast, saturation, hue, order=(0, 1, 2, 3)):
-    """torchvision's ColorJitter of images (B, 3, h, w) by factors (B,); 1, 1, 1, 0 change nothing.
-    order: of brightness (0), contrast (1), saturation (2) and hue (3)."""
+    """torchvision's ColorJitter of images (B, 3, h, w) by factors (B,); 1, 1, 1, 0 change nothing."""
     for operation in order:
         if operation == 0:
             x = blend(torch.zeros_like(x), x, brightness)
@@ -912,6 +911,7 @@ def setup(batch):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
         torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.allow_tf32 = False  # --precision fp32 means it
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return device

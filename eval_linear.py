@@ -77,8 +77,8 @@ def parse(argv):
         raise UserError("name the folder of a run; or --weights, its --arch such as vit_small, and --data")
     if not all(0 < value < math.inf for value in (p.epochs, p.batch, p.labels, p.ratio, *p.lr)):
         raise UserError("--epochs, --batch, --lr, --labels and --ratio must be greater than 0")
-    if p.labels > 1 or p.ratio > 1 or p.seed < 0:
-        raise UserError("--labels and --ratio must be at most 1, --seed at least 0")
+    if p.labels > 1 or p.ratio > 1 or not 0 <= p.seed < 2 ** 62:
+        raise UserError("--labels and --ratio must be at most 1, --seed at least 0 and below 2 ** 62")
     return p
 
 # ======== 2. The backbone, from a run or from a file of others
@@ -451,6 +451,8 @@ def run(p):
         train, val = open_splits(p, cfg)
     device = clever.setup(p.batch if p.probing else 0)
     model = Representation(trained, cfg, p, device)
+    if p.visualize:
+        sheet = draw(model, p.visualize)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as e:
@@ -463,13 +465,15 @@ def run(p):
     if rank > 0:
         return
     if p.visualize:
-        draw(model, p.visualize).save(out / "visualize.png")
+        sheet.save(out / "visualize.png")
         say(f"written to {out / 'visualize.png'}")
     if p.davis:
         add_results(out, "davis", davis(model, Path(p.davis)), p)
-    if p.probing:
-        add_results(out, "finetune" if p.finetune else "probes", table, p)
-    if p.probing and not p.finetune:
+    if p.finetune:
+        add_results(out, "finetune", table, p)
+    elif p.probing:
+        section = "probes" if len(p.parts) == 3 else "probes " + " ".join(p.parts)
+        add_results(out, section, table, p)
         add_results(out, "rotation", clever.compare(cfg, train, val, untrained, trained, device), p)
 
 def main(argv):

@@ -1125,7 +1125,8 @@ RUN --ratio=1 > --ratio=1 would be ignored; RUN --weights A.pt > --weights would
 RUN --finetune --parts all > --parts would be ignored; RUN --finetune --quick > --quick would be ignored;
 RUN --finetune --lr 1 > --lr would be ignored; RUN --davis ODD --epochs 100 > --epochs would be ignored;
 RUN --data ODD > classes; RUN --out RUN/config.json > cannot be written; DINO --parts EF > no split;
-NET --visualize x > ViT; BARE > backbone.pt; OLD --out OLD > eval.json;
+NET --visualize x > ViT; RUN --visualize HOLE/val/a/00.jpg > cannot be read; RUN --seed -1 > at least 0;
+BARE > backbone.pt; OLD --out OLD > eval.json;
 RUN --data HOLE --out RUN --workers 0 > val/a/00.jpg cannot be read"""
 
 # claim 30: a wrong option, or one that would be ignored, is one sentence, exit code 2, nothing written.
@@ -1179,7 +1180,7 @@ def test_sections_are_added_and_the_run_is_left_alone(labelled, tmp_path):
     saved = sections(run)
     assert {name: saved[name] for name in first} == first
     assert saved["finetune labels 0.5"]["linear all"]["orig"][0] > 90
-    other = saved[f"probes {labelled} {run / 'backbone.pt'} quick"]
+    other = saved[f"probes IR {labelled} {run / 'backbone.pt'} quick"]
     assert other["k-NN IR"] == {kind: first["probes quick"]["k-NN IR"][kind] for kind in eval_linear.TABLE}
     assert "k-NN EF" not in other and (run / "backbone.pt").read_bytes() == before
 

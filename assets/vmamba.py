@@ -103,13 +103,9 @@ class VSSBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = mlp(dim)
 
-    @torch.compiler.disable  # which would unroll the scan, for each size of map
-    def mix(self, x):
-        """The operator; autograd would keep every state of it: the backward computes them again."""
-        return checkpoint(self.op, x, use_reentrant=False)
-
     def forward(self, x):
-        x = x + stochastic_depth(self.mix(self.norm(x)), self.drop_path, self.training)
+        y = checkpoint(self.op, self.norm(x), use_reentrant=False)  # else every state of the scan is kept
+        x = x + stochastic_depth(y, self.drop_path, self.training)
         return x + stochastic_depth(self.mlp(self.norm2(x)), self.drop_path, self.training)
 
 def halve(dim, wider):
@@ -137,6 +133,7 @@ class VMamba(nn.Module):
         self.classifier = nn.Sequential(OrderedDict(norm=nn.LayerNorm(dims[-1])))
         init_linear(self)
 
+    @torch.compiler.disable  # --compile would unroll each scan for each size of map: minutes for each of 15
     def forward(self, x):
         x = self.layers(self.patch_embed(x))  # (B, H / 32, W / 32, D)
         return self.classifier(x).mean((1, 2))
