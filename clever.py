@@ -270,7 +270,7 @@ BOTH = dict(arch="vit_micro", global_size=32, local_size=16, local_views=2, hidd
             teacher_temp=0.03, batch=64, lr=2e-3)
 RECIPES = dict(  # what smaller data changes of the paper's
     small=dict(BOTH, local_scale=(0.1, 0.4), momentum=0.98, epochs=20, freeze_epochs=0),
-    demo=dict(BOTH, global_scale=(0.5, 1.0), local_scale=(0.2, 0.5), epochs=14, freeze_epochs=14))
+    demo=dict(BOTH, global_scale=(0.5, 1.0), local_scale=(0.2, 0.5), epochs=12, freeze_epochs=12))
 RECIPE_OF = dict(patterns="demo", cifar10="small", cifar100="small")  # a folder: the paper's
 
 class UserError(Exception):
