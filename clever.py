@@ -266,11 +266,11 @@ def flag(name):
     """The command-line spelling of a field of `Config`."""
     return "--" + name.replace("_", "-")
 
-BOTH = dict(arch="vit_micro", global_size=32, local_size=16, local_views=2, hidden_dim=512, out_dim=1024,
-            teacher_temp=0.03, batch=64, lr=2e-3)
+SMALL_IMAGES = dict(arch="vit_micro", global_size=32, local_size=16, local_views=2, hidden_dim=512,
+                    out_dim=1024, teacher_temp=0.03, batch=64, lr=2e-3)
 RECIPES = dict(  # what smaller data changes of the paper's
-    small=dict(BOTH, local_scale=(0.1, 0.4), momentum=0.98, epochs=20, freeze_epochs=0),
-    demo=dict(BOTH, global_scale=(0.5, 1.0), local_scale=(0.2, 0.5), epochs=12, freeze_epochs=12))
+    small=dict(SMALL_IMAGES, local_scale=(0.1, 0.4), momentum=0.98, epochs=20, freeze_epochs=0),
+    demo=dict(SMALL_IMAGES, global_scale=(0.5, 1.0), local_scale=(0.2, 0.5), epochs=12, freeze_epochs=12))
 RECIPE_OF = dict(patterns="demo", cifar10="small", cifar100="small")  # a folder: the paper's
 
 class UserError(Exception):
@@ -361,7 +361,7 @@ def blend(other, x, factor):
 
 def color_jitter(x, brightness, contrast, saturation, hue, order=(0, 1, 2, 3)):
     """torchvision's ColorJitter of images (B, 3, h, w) by factors (B,); 1, 1, 1, 0 change nothing."""
-    for operation in order:
+    for operation in order:  # 0 brightness, 1 contrast, 2 saturation, 3 hue
         if operation == 0:
             x = blend(torch.zeros_like(x), x, brightness)
         elif operation == 1:
@@ -951,8 +951,8 @@ def train(cfg):
     signal.signal(signal.SIGTERM, note)
     signal.signal(signal.SIGINT, note)
     saved_time = told_time = began = time.monotonic()
-    first = t.step  # of the epoch, or since it was resumed
-    sums = {}  # of the loss terms since then, on the device
+    first = t.step  # of the means in the log: the epoch's first step, or the resumed one
+    sums = {}  # of the loss terms from `first` on, on the device
     bar = tqdm(total=len(t.lr) * cfg.batch, initial=t.step * cfg.batch, unit=" images", unit_scale=True,
                disable=None if rank == 0 else True)  # None: shown on a terminal alone
     for images, aspect in data.stream(batches(len(data), cfg, t.step, len(t.lr)), device, cfg.workers):

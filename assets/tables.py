@@ -80,7 +80,7 @@ for runs in ("b", "e"):
 table(["", "R² all", "R² IR", "R² EF", "same view", "other view", "other image"], rows)
 
 # 3. The losses of EF, and 4. the split, on patterns
-for runs in (METHODS, ("s-0.5", "r-1-0.001", "s-0.9")):
+for runs in (METHODS, ("s-0.5", "s-0.8", "s-0.9")):
     rows = []
     for name in runs:
         reports = read_json(f"{name}-?/compare.json")

@@ -133,7 +133,7 @@ class VMamba(nn.Module):
         self.classifier = nn.Sequential(OrderedDict(norm=nn.LayerNorm(dims[-1])))
         init_linear(self)
 
-    @torch.compiler.disable  # --compile would unroll each scan for each size of map: minutes for each of 15
+    @torch.compiler.disable  # --compile would unroll each block's scan, for each size of map
     def forward(self, x):
         x = self.layers(self.patch_embed(x))  # (B, H / 32, W / 32, D)
         return self.classifier(x).mean((1, 2))
