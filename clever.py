@@ -21,7 +21,7 @@ by gradient from a teacher, which is the moving average of the student (DINO, ar
 
 Without the split this is DINO, `--method dino`: L = L_CL.
 Letters in comments: B images of a process, stored as S x S pixels; V views of each, the first G = 2 global;
-D features (d of a part), K prototypes (K' of EF), N or M rows, n tokens, C classes.
+D features (d of a part), K prototypes (K' of EF), N or M rows, L tokens, C classes.
 """
 import argparse
 import dataclasses
@@ -31,6 +31,7 @@ import math
 import os
 import random
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -39,6 +40,8 @@ from collections import OrderedDict
 from contextlib import suppress
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends at once; `train` saves first
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -92,9 +95,9 @@ class CLeVER(nn.Module):
         for size in sorted({view.shape[-1] for view in views}):
             same = [i for i, view in enumerate(views) if view.shape[-1] == size]
             images = torch.stack([views[i] for i in same], 1)  # (B, same, 3, h, w): an image's rows adjoin
-            features = self.backbone(images.flatten(0, 1))  # (B * same, D)
-            for k, i in enumerate(same):
-                z[i] = features[k::len(same)]  # (B, D)
+            features = self.backbone(images.flatten(0, 1)).unflatten(0, (-1, len(same)))  # (B, same, D)
+            for i, z_i in zip(same, features.unbind(1)):
+                z[i] = z_i  # (B, D)
         return torch.stack(z)
 
     def project(self, z):
@@ -137,8 +140,8 @@ def orthogonality_loss(student, teacher, centre, student_temp=STUDENT_TEMP, teac
 
 def projector_regularization(head_ir, head_ef):
     """L_PReg, the difference of the heads' sums of squared parameters: neither head wins by growing."""
-    ir = sum(p.square().sum() for p in head_ir.parameters())
-    ef = sum(p.square().sum() for p in head_ef.parameters())
+    ir = sum(p.norm().square() for p in head_ir.parameters())
+    ef = sum(p.norm().square() for p in head_ef.parameters())
     return (ir - ef).abs()
 
 def clever_loss(cfg, student, teacher, centres, heads):
@@ -201,7 +204,6 @@ def train_step(t, views, step):
 CLIP = 3.0  # largest norm of a parameter's gradient
 CENTRE_MOMENTUM = 0.9
 MIN_LR = 1e-6  # at the end of the cosine
-
 GROUPS = dict(data="data", method="method", aug="views", epochs="optimisation", seed="run")  # of --help
 
 def option(default, help, *allowed):
@@ -238,7 +240,7 @@ class Config:
     freeze_epochs: int = option(1, "epochs with frozen prototypes; more if the loss does not fall", 0, 1e6)
     drop_path: float = option(0.1, "stochastic depth of the student's last block, 0 at its first", 0, 0.99)
     seed: int = option(0, "of everything random", 0, 2 ** 62)
-    precision: str = option("auto", "bf16, fp32; auto: bf16 only on a GPU", "auto", "fp32", "bf16")
+    precision: str = option("auto", "bf16, fp32; auto: bf16 on a GPU that has it", "auto", "fp32", "bf16")
     compile: bool = option(False, "torch.compile the networks and the losses")
     resume: bool = option(False, "go on with the run in --out")
 
@@ -281,7 +283,7 @@ MEAN = (0.485, 0.456, 0.406)  # of ImageNet, as the field normalises
 STD = (0.229, 0.224, 0.225)
 
 def seed_of(*key):
-    """A seed that is a function of the key (seed, what for, step) alone."""
+    """A seed that is a function of a key such as (seed, what for, step) alone."""
     return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
 
 def generator(device, *key):
@@ -299,8 +301,9 @@ def warp(images, size, box, flip, angle, shift=None):
         point = point + shift  # (B, size, size, 2)
     inside = (point.abs() <= 1).all(-1)  # (B or 1, size, size)
     x, y = point.unbind(-1)  # each (B or 1, size, size)
-    turn = angle.deg2rad()[:, None, None]  # (B, 1, 1)
-    x, y = turn.cos() * x - turn.sin() * y, turn.sin() * x + turn.cos() * y  # rotation, corners stay black
+    cos = angle.deg2rad().cos()[:, None, None]  # (B, 1, 1)
+    sin = angle.deg2rad().sin()[:, None, None]
+    x, y = cos * x - sin * y, sin * x + cos * y  # rotation, corners stay black
     inside = inside & (x.abs() <= 1) & (y.abs() <= 1)
     x = torch.where(flip[:, None, None], -x, x)  # flip
     cx, cy, hx, hy = box[:, :, None, None].unbind(1)  # each (B, 1, 1)
@@ -339,8 +342,7 @@ def elastic_shift(noise, alpha, sigma):
     view's [-1, 1] coordinates. alpha: their strength, sigma: their smoothness, both in pixels."""
     size = noise.shape[-1]
     radius = min(size - 1, int(4 * sigma + 0.5))
-    sigma = torch.full((1,), sigma, dtype=noise.dtype, device=noise.device)
-    smooth = gaussian_matrix(size, sigma, radius)
+    smooth = gaussian_matrix(size, noise.new_full((1,), sigma), radius)
     return (smooth @ noise @ smooth.mT).permute(0, 2, 3, 1) * (alpha / size)  # (B, s, s, 2)
 
 def shift_hue(x, turn):
@@ -398,11 +400,9 @@ class MultiCrop(nn.Module):
         B = len(images)
         rank, world = distributed()
         size = cfg.global_size if view < 2 else cfg.local_size
-
         def uniform(low, high, *shape):
             draws = torch.rand(B * world, *shape, generator=gen, device=gen.device)
             return low + (high - low) * draws[rank * B:(rank + 1) * B]  # (B, *shape)
-
         # geometry: crop, flip, rotation, elastic deformation, in one warp
         area = uniform(*(cfg.global_scale if view < 2 else cfg.local_scale), 10)
         shape = uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()
@@ -457,7 +457,7 @@ def stochastic_depth(x, rate, training):
     return x / (1 - rate) * kept.view(-1, *[1] * (x.dim() - 1))
 
 class Attention(nn.Module):
-    """Multi-head self-attention: (N, n, D) -> (N, n, D)."""
+    """Multi-head self-attention: (N, L, D) -> (N, L, D)."""
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
@@ -465,17 +465,17 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def queries_keys_values(self, x):
-        """Three tensors (N, heads, n, D/heads) from tokens (N, n, D)."""
-        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (N, n, 3, heads, D/heads)
+        """Three tensors (N, heads, L, D/heads) from tokens (N, L, D)."""
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (N, L, 3, heads, D/heads)
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
     def forward(self, x):
         q, k, v = self.queries_keys_values(x)
-        x = F.scaled_dot_product_attention(q, k, v)  # (N, heads, n, D/heads)
-        return self.proj(x.transpose(1, 2).flatten(2))  # (N, n, heads, D/heads) -> (N, n, D)
+        x = F.scaled_dot_product_attention(q, k, v)  # (N, heads, L, D/heads)
+        return self.proj(x.transpose(1, 2).flatten(2))  # (N, L, heads, D/heads) -> (N, L, D)
 
 class Block(nn.Module):
-    """Pre-norm transformer block with stochastic depth: (N, n, D) -> (N, n, D)."""
+    """Pre-norm transformer block with stochastic depth: (N, L, D) -> (N, L, D)."""
     def __init__(self, dim, heads, drop_path):
         super().__init__()
         self.drop_path = drop_path
@@ -505,7 +505,7 @@ class VisionTransformer(nn.Module):
         init_linear(self, init_std)
 
     def tokens(self, x):
-        """Images (N, 3, H, W) -> tokens (N, 1 + n, D): CLS, then the n = h * w patches, with positions."""
+        """Images (N, 3, H, W) -> tokens (N, L, D): CLS, then the h * w patches, with positions added."""
         x = self.patch_embed.proj(x)  # (N, D, h, w)
         side = math.isqrt(self.pos_embed.shape[1])
         pos = self.pos_embed[:, 1:].mT.unflatten(2, (side, side))  # (1, D, side, side)
@@ -515,19 +515,19 @@ class VisionTransformer(nn.Module):
         return torch.cat([cls, patches], 1)
 
     def get_intermediate_layers(self, x, n=1):
-        """The tokens (N, 1 + n, D) after each of the last n blocks, normalised, as a list."""
+        """The tokens (N, L, D) after each of the last n blocks, normalised, as a list."""
         x = self.tokens(x)
         layers = []
         for block in self.blocks:
             x = block(x)
-            layers.append(x)
-        return [self.norm(layer) for layer in layers[-n:]]
+            layers = (layers + [x])[-n:]
+        return [self.norm(layer) for layer in layers]
 
     def get_last_selfattention(self, x):
-        """Attention weights of the last block (N, heads, 1 + n, 1 + n); row 0 is the CLS token's."""
+        """Attention weights of the last block (N, heads, L, L); row 0 is the CLS token's."""
         x = self.blocks[:-1](self.tokens(x))
         last = self.blocks[-1]
-        q, k, _ = last.attn.queries_keys_values(last.norm1(x))  # each (N, heads, 1 + n, D/heads)
+        q, k, _ = last.attn.queries_keys_values(last.norm1(x))  # each (N, heads, L, D/heads)
         return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
 
     def forward(self, x):
@@ -538,14 +538,13 @@ VIT = dict(  # with init_std 0.02 the blocks of the narrow vit_micro would be ne
     vit_tiny=dict(patch_size=16, embed_dim=192, depth=12, heads=3),
     vit_small=dict(patch_size=16, embed_dim=384, depth=12, heads=6),
     vit_base=dict(patch_size=16, embed_dim=768, depth=12, heads=12))
-
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101")
 
 def build_backbone(arch, img_size, drop_path=0.0, patch_size=None):
     """A backbone f with .embed_dim: (N, 3, H, W) -> (N, D), or UserError. img_size: side of global views."""
     if arch in VIT:
-        shape = {**VIT[arch], "patch_size": patch_size or VIT[arch]["patch_size"]}
-        return VisionTransformer(img_size, drop_path=drop_path, **shape)
+        options = {**VIT[arch], "patch_size": patch_size or VIT[arch]["patch_size"]}
+        return VisionTransformer(img_size, drop_path=drop_path, **options)
     if arch in RESNETS:
         net = torchvision.models.get_model(arch)
         net.embed_dim = net.fc.in_features
@@ -565,7 +564,6 @@ def draw_patterns(count, seed, side=32):
     """Two-tone periodic patterns of ten classes, none symmetric under a quarter turn: bytes (count, 3, side,
     side), labels (count,). Nearly constant greys, for random ones are a shortcut that the network takes."""
     gen = generator("cpu", seed, "patterns")
-
     def between(low, high):
         return low + (high - low) * torch.rand(count, 1, 1, generator=gen)
     axis = (torch.arange(2 * side) + 0.5) / 2 - side / 2  # drawn at twice the size
@@ -613,7 +611,7 @@ def decode(path, side):
             if image.mode in ("I", "F"):
                 raise ValueError("pixels of 32 bits have no known range")
             if image.mode.startswith("I;16"):  # keep the upper 8 bits
-                image = image.point(lambda value: value / 256).convert("L")
+                image = image.convert("I").point(lambda value: value / 256).convert("L")
             pixels = TF.pil_to_tensor(image.convert("RGB"))  # (3, H, W)
     except Exception as e:  # the readers of Pillow raise many kinds
         raise UserError(f"{path} cannot be read ({e}); mend or remove it")
@@ -736,8 +734,9 @@ def cosine_schedule(start, end, steps, warmup=0):
     return torch.cat([ramp, cosine]).tolist()
 
 def autocast(device, precision):
-    """The context of the networks' forward passes; parameters stay float32. auto: bf16 only on a GPU."""
-    bf16 = precision == "bf16" or (precision == "auto" and device.type == "cuda")
+    """The context of the networks' forward passes; weights stay float32. auto: bf16 on a GPU that has it."""
+    has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    bf16 = precision == "bf16" or (precision == "auto" and has_bf16)
     return torch.autocast(device.type, torch.bfloat16, enabled=bf16)
 
 class Training:
@@ -807,6 +806,7 @@ def collapse_alarm(part, m, K):
 def look(t):
     """At an epoch's end: the `collapse_metrics`, {"IR_entropy": ...}; says a part's first alarm."""
     z, teacher, student = t.last
+    t.last = None
     metrics = {}
     for i, (part, head) in enumerate(zip(("IR", "EF"), t.teacher.heads)):
         features = gather(split(z, t.cfg.ratio)[i])  # (G, B, d)
@@ -873,7 +873,7 @@ def restore(t, data, out):
     """Go on from checkpoint.pt, running no code of it. Raises UserError naming what is wrong."""
     path = out / "checkpoint.pt"
     try:
-        state = torch.load(path, map_location=t.device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
         if state["images"] != len(data):
             raise ValueError(f"it saw {state['images']} images, --data now holds {len(data)}")
         for name in ("student", "teacher", "optimizer"):
@@ -881,18 +881,17 @@ def restore(t, data, out):
         for p, moments in t.optimizer.state.items():  # of another shape they would crash AdamW
             if not p.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
                 raise ValueError("the optimiser's state has another shape")
-        t.step = range(len(t.lr) + 1).index(state["step"])  # ValueError: no step of this run
+        if not 0 <= state["step"] <= len(t.lr):
+            raise ValueError(f"step {state['step']} is none of this run")
+        t.step = state["step"]
     except Exception as e:
-        reason = " ".join(str(e).split())[:200]
-        raise UserError(f"{path} is missing, damaged or not of this run ({type(e).__name__}: {reason}); "
-                        "start again in another --out")
-    if mean_over_processes(torch.tensor(float(t.step), device=t.device)) != t.step:
-        raise UserError(f"the processes found different checkpoints in {out}; nodes need one shared --out")
+        reason = " ".join(f"{type(e).__name__}: {e}".split())[:200]
+        raise UserError(f"{path} cannot be resumed ({reason}); mend that, or start anew in another --out")
 
 def save_crops(path, images, views):
     """A picture of the first images (B, 3, S, S) of bytes, each beside its views as the network sees them."""
     side = max(96, views[0].shape[-1])
-    pictures = [F.interpolate(x[:8], (side, side)) for x in (normalize(images / 255), *views)]
+    pictures = [F.interpolate(x[:8], (side, side)) for x in (normalize(images[:8] / 255), *views)]
     tiles = torch.stack(pictures, 1).flatten(0, 1).cpu()  # (rows * (1 + V), 3, side, side)
     tiles = tiles * torch.tensor(STD).view(3, 1, 1) + torch.tensor(MEAN).view(3, 1, 1)
     sheet = TF.to_pil_image(torchvision.utils.make_grid(tiles.clamp(0, 1), nrow=len(pictures), padding=16))
@@ -928,6 +927,8 @@ def train(cfg):
     val = load_images(cfg.data, "val", data.side)
     if val and val.classes != data.classes:
         raise UserError(f"--data {cfg.data}: the classes in train/ and val/ differ; name train/ alone")
+    if cfg.compile and not any(map(shutil.which, ("cc", "gcc", "clang", "cl", os.environ.get("CC", "cc")))):
+        raise UserError("--compile needs a C compiler; install gcc, or leave it out")
     device = setup(cfg.batch)
     rank, world = distributed()
     t = Training(cfg, len(data) // cfg.batch, device)
@@ -935,6 +936,9 @@ def train(cfg):
     out, t.lock = open_folder(cfg)
     if cfg.resume:
         restore(t, data, out)
+    found = torch.tensor([len(data), t.step], dtype=torch.float64, device=device)
+    if not torch.equal(mean_over_processes(found.clone()), found):
+        raise UserError("the processes found different --data or checkpoints; nodes need one shared --out")
     journal = open(out / "log.jsonl" if rank == 0 else os.devnull, "a", buffering=1)
     saved = save(t, data, out)
     million = sum(p.numel() for p in t.student.backbone.parameters()) / 1e6
@@ -944,12 +948,10 @@ def train(cfg):
         f"{cfg.epochs} epochs of {t.steps_per_epoch} steps of {cfg.batch} images, peak lr {max(t.lr):.2g}\n"
         f"precision {cfg.precision}; writes to {out}, from step {t.step}")
     signals = []  # the SIGTERM and SIGINT that came
-
     def note(number, frame):
         signals.append(number)
         signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
-    signal.signal(signal.SIGTERM, note)
-    signal.signal(signal.SIGINT, note)
+    usual = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     saved_time = told_time = began = time.monotonic()
     first = t.step  # of the means in the log: the epoch's first step, or the resumed one
     sums = {}  # of the loss terms from `first` on, on the device
@@ -964,8 +966,8 @@ def train(cfg):
         t.step += 1
         bar.update(cfg.batch)
         epoch_ends = t.step % t.steps_per_epoch == 0
-        if not epoch_ends and t.step % LOG_EVERY > 0:
-            continue
+        if not (epoch_ends or t.step % LOG_EVERY == 0 or (signals and world == 1)):
+            continue  # several processes agree below, where they meet, to stop
         means = mean_over_processes(torch.stack([*sums.values()]) / (t.step - first))
         line = dict(zip(sums, means.tolist()), step=t.step, epoch=t.step / t.steps_per_epoch)
         if not math.isfinite(line["loss"]):
@@ -990,11 +992,11 @@ def train(cfg):
             saved = save(t, data, out)
             saved_time = time.monotonic()
         if stop:
-            say(f"stopped at step {t.step}; go on with --out {out} --resume")
+            say(f"stopped at step {t.step}; go on with --out {out} --resume" if saved else "stopped")
             raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
     bar.close()
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number, handler in usual.items():
+        signal.signal(number, handler)
     if not saved:
         raise UserError(f"the last checkpoint could not be written; make room, then --out {out} --resume")
     return t, data, val, out
@@ -1044,8 +1046,9 @@ def extract(backbone, cfg, data, count, device):
     chunks = [some.tolist() for some in rows.split(CHUNK)]
     z = []
     for angle, (images, aspect) in zip(angles.split(CHUNK), data.stream(chunks, device, cfg.workers)):
-        for turn in (0 * angle, angle):
-            x = centre_view(images, aspect, cfg.global_size, turn > 90, turn)  # none is flipped
+        upright = torch.zeros_like(angle)
+        for turn in (upright, angle):
+            x = centre_view(images, aspect, cfg.global_size, upright.bool(), turn)  # none is flipped
             z.append(backbone(normalize(x)).float())
     return torch.cat(z[::2]), torch.cat(z[1::2]), angles, data.labels[rows].to(device)
 
@@ -1056,12 +1059,12 @@ def compare(cfg, train_data, val_data, untrained, trained, device):
         backbone.to(device).eval()
         bank, turned, angle, labels = extract(backbone, cfg, train_data, 4096, device)
         upright, rotated, angle_val, truth = extract(backbone, cfg, val_data, 2000, device)
-        known[when] = {"k-NN, upright": {}, "k-NN, rotated": {}, "R2 of the angle": {}}
-        for part, i in columns(bank.shape[1], cfg.ratio).items():
+        found = known[when] = {"k-NN, upright": {}, "k-NN, rotated": {}, "R2 of the angle": {}}
+        for part, dims in columns(bank.shape[1], cfg.ratio).items():
             for what, queries in (("k-NN, upright", upright), ("k-NN, rotated", rotated)):
-                votes = knn(bank[:, i], labels, queries[:, i], len(train_data.classes))
-                known[when][what][part] = float((votes.argmax(1) == truth).double().mean() * 100)
-            known[when]["R2 of the angle"][part] = ridge_r2(turned[:, i], angle, rotated[:, i], angle_val)
+                votes = knn(bank[:, dims], labels, queries[:, dims], len(train_data.classes))
+                found[what][part] = float((votes.argmax(1) == truth).double().mean() * 100)
+            found["R2 of the angle"][part] = ridge_r2(turned[:, dims], angle, rotated[:, dims], angle_val)
     rows = []
     for what, row in known["after"].items():
         rows.append([what] + [f"{known['before'][what][part]:#.3g} -> {row[part]:#.3g}" for part in row])
@@ -1095,8 +1098,7 @@ def parse(argv):
         cfg = dataclasses.replace(run, **given)
         for name in sorted(given.keys() - {"out", "workers", "resume"}):
             if getattr(cfg, name) != getattr(run, name):
-                raise UserError(f"{flag(name)} {given[name]} differs from the run's {getattr(run, name)}; "
-                                "leave it out, or start a new run in another --out")
+                raise UserError(f"{flag(name)} {given[name]}: the run has {getattr(run, name)}; leave it out")
     else:
         recipe = given.get("recipe", RECIPE_OF.get(given.get("data", "patterns"), "paper"))
         cfg = Config(**{**RECIPES.get(recipe, {}), **given, "recipe": recipe})
@@ -1121,9 +1123,7 @@ def guarded(name, work):
     except SystemExit as e:
         say("", end="")  # what argparse printed: os._exit does not flush
         return e.code
-    except KeyboardInterrupt:
-        code, words = 130, "interrupted"
-    except (UserError, OSError) as e:  # OSError: what cannot be written or downloaded
+    except (UserError, OSError, torch.OutOfMemoryError) as e:  # OSError: not to be written or downloaded
         code, words = 2, str(e).split("UserError: ")[-1].strip()  # a loader's worker puts more before it
     except Exception:
         code, words = 1, traceback.format_exc()

@@ -18,9 +18,12 @@ import json
 import math
 import os
 import re
+import signal
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends at once
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -59,6 +62,8 @@ def parse(argv):
     add("--seed", type=int, default=0, help="of heads, crops and the draw of labels, not of test images [0]")
     add("--workers", type=int, default=-1, help="processes that decode images [-1: one a core]")
     p = parser.parse_args(argv)
+    p.changed = [name for name in vars(p) if getattr(p, name) != parser.get_default(name)]
+    p.weights = p.weights and os.path.abspath(p.weights)
     p.probing = not (p.davis or p.visualize)
     ignored = []
     if p.run:
@@ -102,11 +107,10 @@ def read_weights(path):
 
 def open_model(p):
     """(configuration, untrained backbone, trained backbone) of a run or of --weights. Raises UserError.
-    The configuration's data, precision and workers are those of the evaluation."""
+    The configuration's data and workers are those of the evaluation."""
     path = Path(p.run, "backbone.pt") if p.run else Path(p.weights)
     cfg = clever.load_config(p.run) if p.run else Config(arch=p.arch, ratio=p.ratio)
     cfg.data = p.data or cfg.data
-    cfg.precision = "auto"
     cfg.workers = p.workers
     if not p.probing and cfg.arch not in clever.VIT:
         raise UserError(f"--davis and --visualize need the patch tokens of a ViT, not {cfg.arch}")
@@ -132,7 +136,7 @@ def open_model(p):
 
 class Representation(nn.Module):
     """What the probes see, in eval mode: images (B, 3, H, W) -> features (B, F), of which z is the last D.
-    The columns of each part: `linear` for linear probes, `last` for k-NN, whose "all" is z alone."""
+    The columns of each part, for linear probes and for k-NN, whose "all" is z alone."""
     def __init__(self, backbone, cfg, p, device):
         super().__init__()
         self.backbone = backbone.to(device)
@@ -142,12 +146,12 @@ class Representation(nn.Module):
         D = backbone.embed_dim
         self.width = D * min(4, len(backbone.blocks)) if self.vit else D
         parts = clever.columns(D, cfg.ratio)
-        self.last = {part: parts[part].to(device) + self.width - D for part in parts if part in p.parts}
-        if not self.last:
+        self.knn_columns = {part: parts[part].to(device) + self.width - D for part in parts if part in p.parts}
+        if not self.knn_columns:
             raise UserError(f"--parts {p.parts[0]}: this model has no split (DINO, or ratio 1)")
-        self.linear = dict(self.last)
-        if "all" in self.last:
-            self.linear["all"] = torch.arange(self.width, device=device)
+        self.linear_columns = dict(self.knn_columns)
+        if "all" in self.knn_columns:
+            self.linear_columns["all"] = torch.arange(self.width, device=device)
         self.eval().requires_grad_(False)
 
     def forward(self, x):
@@ -168,12 +172,11 @@ TABLE = list(KINDS)  # without the curves
 KINDS.update({f"rot={degrees}": dict(degrees=degrees) for degrees in range(15, 91, 15)})
 KINDS.update({f"elastic={alpha}": dict(alpha=alpha) for alpha in (25, 50, 100, 150, 200)})
 
-def make_view(images, aspect, size, gen, share=(0, 1), crop=False, flip=False, jitter=False, rotate=False,
+def make_view(images, aspect, size, gen, rank=0, world=1, crop=False, flip=False, jitter=False, rotate=False,
               degrees=0, alpha=0):
     """Views of some images: bytes (B, 3, S, S), aspect (B,) -> (B, 3, size, size), normalised.
-    gen, on the CPU, draws for the global batch, of which share = (rank, world) takes its own; all kinds draw
+    gen, on the CPU, draws for the images of `world` processes, of which `rank` is this one; all kinds draw
     the same. crop: random resized; rotate: within 90 degrees; alpha: of an elastic deformation at 224 px."""
-    rank, world = share
     B = len(images)
 
     def uniform(low, high, *shape):
@@ -227,7 +230,7 @@ def extract(model, data, kind):
     stream = data.stream(chunks, model.device, model.cfg.workers)
     bar = tqdm(stream, kind, len(chunks), leave=False, disable=None if rank == 0 else True)
     for rows, (images, aspect) in zip(chunks, bar):
-        gen = generator("cpu", "test views", rows[0] // CHUNK)
+        gen = generator("cpu", "test views", rows[0] // CHUNK)  # by the number of the chunk
         features[rows] = model(make_view(images, aspect, model.cfg.global_size, gen, **KINDS[kind]))
     if world > 1:
         dist.all_reduce(features)  # the rows of other processes are zero here
@@ -237,19 +240,23 @@ def extract(model, data, kind):
 def train_probes(p, model, data, bank):
     """A linear probe of each part, {part: (learning rate, nn.Linear)}; with --finetune the backbone too.
     bank (N, F): features of the plain training images. A tenth of them, at most 5000, is held out to choose
-    among several learning rates. Fine-tuning keeps the statistics of batch norm."""
+    among several learning rates; the loss decides between equals. Fine-tuning keeps the statistics of batch
+    norm. Raises UserError for fewer images than processes."""
     rank, world = distributed()
     labels = data.labels.to(model.device)
     order = torch.randperm(len(data), generator=generator("cpu", p.seed, "held out"))
-    count = min(5000, len(order) // 10) if len(p.lr) > 1 else 0
+    count = min(5000, math.ceil(len(order) / 10)) if len(p.lr) > 1 else 0
     held, rows = order.tensor_split([count])
-    batch = min(p.batch, len(rows) // world * world)
-    steps = p.epochs * (len(rows) // batch)
+    batch = min(p.batch, len(rows)) // world * world  # as many in each process
+    if batch == 0:
+        raise UserError(f"{len(rows)} training images or --batch {p.batch} are too few for {world} processes")
+    steps_per_epoch = len(rows) // batch
+    steps = p.epochs * steps_per_epoch
     gen = generator("cpu", p.seed, "head")
     heads = {}
-    for part, i in model.linear.items():
+    for part, dims in model.linear_columns.items():
         for rate in p.lr:
-            head = nn.Linear(len(i), len(data.classes))
+            head = nn.Linear(len(dims), len(data.classes))
             nn.init.normal_(head.weight, std=0.01, generator=gen)
             nn.init.zeros_(head.bias)
             heads[part, rate] = head.to(model.device)
@@ -261,7 +268,7 @@ def train_probes(p, model, data, bank):
         optimizer = torch.optim.AdamW(groups, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
 
-    def indices():
+    def indices():  # of each step; gone through twice, for the images and for their labels
         for some in clever.batches(len(rows), Config(batch=batch, seed=p.seed), 0, steps):
             yield rows[some].tolist()
 
@@ -274,31 +281,37 @@ def train_probes(p, model, data, bank):
             images, aspect = next(stream)
             gen = generator("cpu", p.seed, "probe", step)
             size = model.cfg.global_size
-            z = model(make_view(images, aspect, size, gen, (rank, world), crop=True, flip=True))
+            z = model(make_view(images, aspect, size, gen, rank, world, crop=True, flip=True))
         optimizer.zero_grad()
         loss = 0.0
         for (part, rate), head in heads.items():  # SGD is linear: a weight of the loss is a learning rate
-            loss = loss + rate * F.cross_entropy(head(z[:, model.linear[part]]), labels[some])
+            loss = loss + rate * F.cross_entropy(head(z[:, model.linear_columns[part]]), labels[some])
         loss.backward()
         for group in optimizer.param_groups:
             for weight in group["params"]:
                 clever.mean_over_processes(weight.grad)
         optimizer.step()
         schedule.step()
+        if bar.disable and not p.quick and (step + 1) % steps_per_epoch == 0:
+            say(f"epoch {(step + 1) // steps_per_epoch}/{p.epochs}  loss {loss.item():.4f}")
     model.requires_grad_(False)
     best = {}
-    for part, i in model.linear.items():
-        z = bank[held][:, i]
-        hits = [int((heads[part, rate](z).argmax(1) == labels[held]).sum()) for rate in p.lr]
-        rate = p.lr[hits.index(max(hits))]
+    for part, dims in model.linear_columns.items():
+        quality = []
+        for rate in p.lr:
+            scores = heads[part, rate](bank[held][:, dims])
+            hits = int((scores.argmax(1) == labels[held]).sum())
+            quality.append((hits, -F.cross_entropy(scores, labels[held]).item()))
+        rate = p.lr[quality.index(max(quality))]
         best[part] = rate, heads[part, rate]
     return best
 
 def accuracy(scores, labels):
     """[top-1, top-5] in % of scores (N, C), labels (N,); top-1 alone of fewer than 6 classes."""
-    hits = scores.argsort(1, descending=True) == labels[:, None]  # (N, C)
+    own = scores.gather(1, labels[:, None])  # (N, 1)
+    rank = (~(scores < own)).sum(1)  # from 1; equal scores, such as no votes of k-NN, are no hit
     top = (1, 5) if scores.shape[1] > 5 else (1,)
-    return [100 * float(hits[:, :k].any(1).double().mean()) for k in top]
+    return [100 * float((rank <= k).double().mean()) for k in top]
 
 def evaluate(p, model, train, val):
     """Train and test the probes and print their table: a section of eval.json. Raises UserError."""
@@ -314,11 +327,11 @@ def evaluate(p, model, train, val):
     for kind in (KINDS if p.curve else TABLE):
         z = extract(model, val, kind)
         for part, (_, head) in probes.items():
-            scores = head(z[:, model.linear[part]]).detach()
+            scores = head(z[:, model.linear_columns[part]]).detach()
             table.setdefault(f"linear {part}", {})[kind] = accuracy(scores, truth)
-        for part, i in model.last.items():
+        for part, dims in model.knn_columns.items():
             if not p.finetune:
-                votes = clever.knn(bank[:, i], labels, z[:, i], len(train.classes))
+                votes = clever.knn(bank[:, dims], labels, z[:, dims], len(train.classes))
                 table.setdefault(f"k-NN {part}", {})[kind] = accuracy(votes, truth)
         rows.append([kind] + [" / ".join(f"{value:.1f}" for value in row[kind]) for row in table.values()])
     say(f"{len(train)} training and {len(val)} test images of {len(train.classes)} classes")
@@ -410,8 +423,8 @@ def draw(model, path, turns=(0.0, 30.0, 60.0, 90.0), tile=128):
     tokens = model.backbone.get_intermediate_layers(x)[0][:, 1:]  # (T, n, D)
     attention = model.backbone.get_last_selfattention(x)[:, :, :1, 1:]  # (T, heads, 1, n), of the CLS token
     rows = {"image": images}  # (T, 1 or 3, h, w)
-    for part, i in clever.columns(tokens.shape[2], model.cfg.ratio).items():
-        rows[part] = components(tokens[:, :, i.to(model.device)]).unflatten(2, (side, side))
+    for part, dims in clever.columns(tokens.shape[2], model.cfg.ratio).items():
+        rows[part] = components(tokens[:, :, dims.to(model.device)]).unflatten(2, (side, side))
     for head, weight in enumerate(attention.unbind(1)):
         rows[f"head {head + 1}"] = (weight / weight.max()).unflatten(2, (side, side))
     tiles = [F.interpolate(row, (tile, tile)).expand(-1, 3, -1, -1) for row in rows.values()]
@@ -432,11 +445,13 @@ def read_results(file):
         raise UserError(f"{file} holds no results of an evaluation ({e}); move it away")
 
 def add_results(out, section, numbers, p):
-    """Add a section to eval.json, named by the data, weights and labels of the command line too."""
-    labels = f"labels {p.labels}" if p.labels < 1 else ""
-    words = [section, p.data, p.weights and os.path.abspath(p.weights), labels, "quick" if p.quick else ""]
+    """Add a section to eval.json, named by the options that are not the defaults, so that another stays."""
+    words = [section]
+    for name in p.changed:
+        if name not in ("run", "out", "workers", section):
+            words.append(f"{name}={getattr(p, name)}")
     known = read_results(out / "eval.json")
-    known[" ".join(filter(None, words))] = {**numbers, "settings": vars(p)}
+    known[" ".join(words)] = {**numbers, "settings": vars(p)}
     if not clever.write(out / "eval.json", json.dumps(known, indent=1)):
         raise UserError("the results above are not in eval.json")
     say(f"written to {out / 'eval.json'}")
@@ -449,14 +464,18 @@ def run(p):
     read_results(out / "eval.json")
     if p.probing:
         train, val = open_splits(p, cfg)
-    device = clever.setup(p.batch if p.probing else 0)
+    device = clever.setup(batch=0)
     model = Representation(trained, cfg, p, device)
     if p.visualize:
         sheet = draw(model, p.visualize)
+    if p.davis:
+        masks = davis(model, Path(p.davis))
     try:
         out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK):
+            raise PermissionError("read-only")
     except OSError as e:
-        raise UserError(f"--out {out} cannot be written ({e.strerror}); name another folder")
+        raise UserError(f"--out {out} cannot be written ({e.strerror or e}); name another folder")
     if p.probing:
         table = evaluate(p, model, train, val)
     rank, _ = distributed()
@@ -468,12 +487,11 @@ def run(p):
         sheet.save(out / "visualize.png")
         say(f"written to {out / 'visualize.png'}")
     if p.davis:
-        add_results(out, "davis", davis(model, Path(p.davis)), p)
+        add_results(out, "davis", masks, p)
     if p.finetune:
         add_results(out, "finetune", table, p)
     elif p.probing:
-        section = "probes" if len(p.parts) == 3 else "probes " + " ".join(p.parts)
-        add_results(out, section, table, p)
+        add_results(out, "probes", table, p)
         add_results(out, "rotation", clever.compare(cfg, train, val, untrained, trained, device), p)
 
 def main(argv):
