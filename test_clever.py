@@ -1,8 +1,4 @@
-"""The claims of clever.py and eval_linear.py, by the numbers of the README's list.
-
-    pytest                      all claims, on one thread a test
-    pytest -m benchmark -s      time and memory beside the published arithmetic: ratios, nothing asserted
-"""
+"""The claims of clever.py and eval_linear.py, by the numbers of the README's list: `pytest`."""
 import argparse
 import copy
 import inspect
@@ -11,7 +7,6 @@ import json
 import math
 import multiprocessing
 import os
-import random
 import re
 import shutil
 import signal
@@ -19,7 +14,6 @@ import socket
 import subprocess
 import sys
 import time
-import warnings
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 import torchvision.transforms.functional as TF
-from PIL import Image, ImageFilter
+from PIL import Image
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms as T
@@ -38,7 +32,6 @@ import clever
 import eval_linear
 from assets import vmamba
 
-warnings.filterwarnings("ignore", category=pytest.PytestUnknownMarkWarning)  # no other file registers them
 HERE = Path(clever.__file__).resolve().parent
 os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), str(Path(__file__).parent)])
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -49,12 +42,9 @@ TINY = dict(arch="vit_micro", global_size=32, local_size=16, local_views=2, out_
             batch=8, epochs=4, lr=5e-3, precision="fp32", workers=0)
 
 @pytest.fixture(autouse=True)
-def alike(request, monkeypatch):
-    """A test starts with one thread, seed 0 and no GPU; a benchmark runs where `-m` names the mark."""
-    benchmark = request.node.get_closest_marker("benchmark")
-    if benchmark and "benchmark" not in request.config.option.markexpr:
-        pytest.skip("runs with -m benchmark")
-    torch.set_num_threads(os.cpu_count() if benchmark else 1)
+def alike(monkeypatch):
+    """A test starts with one thread, seed 0 and no GPU."""
+    torch.set_num_threads(1)
     torch.manual_seed(0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
@@ -582,83 +572,6 @@ def test_the_274_tensors_of_vmamba():
     assert len(shapes) == 274
     assert [(name, tuple(p.shape)) for name, p in found.items()] == list(shapes.items())
 
-# ======== Benchmarks: pytest -m benchmark -s
-
-def in_turns(what, published, ours, rounds=5):
-    """Print the median seconds of two functions, called in turns, after one call of each that warms up."""
-    times = {published: [], ours: []}
-    for i in range(rounds + 1):
-        for call in times:
-            began = time.perf_counter()
-            call(i)
-            times[call].append(time.perf_counter() - began)
-    a, b = (sorted(took[1:])[rounds // 2] for took in times.values())
-    print(f"\n{what}: published {a:.2f} s, ours {b:.2f} s: {a / b:.2f} x")
-
-# claim 33: a step of the paper's recipe, without its views, against the published arithmetic.
-@pytest.mark.benchmark
-@pytest.mark.parametrize("theirs, ours", [("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")])
-def test_benchmark_step(theirs, ours):
-    t = clever.Training(clever.Config(batch=8, drop_path=0.0, precision=ours), 1)
-    naive = Published(t)
-    naive.cfg = clever.Config(batch=8, precision=theirs)
-    views = [torch.randn(8, 3, side, side) for side in [224] * 2 + [96] * 8]
-    in_turns(f"step, batch 8, K = 65,536, {theirs} and {ours}, {torch.get_num_threads()} threads",
-             lambda i: naive.step(views, 1 + i), lambda i: clever.train_step(t, views, 1 + i))
-
-# claim 33: a worker of the loader, which decodes an image, against one that makes the published views.
-@pytest.mark.benchmark
-def test_benchmark_loader():
-    photos = sorted((HERE / ".data" / "photos").rglob("*.jpg"))[:40]
-    if not photos:
-        pytest.skip("needs photographs in .data/photos")
-    blur = T.Lambda(lambda x: x.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0))))
-    views = []
-    for view in range(10):  # a resampling for each geometric operation
-        size, scale = (224, (0.4, 1.0)) if view < 2 else (96, (0.05, 0.4))
-        views.append(T.Compose([
-            T.RandomResizedCrop(size, scale, interpolation=BICUBIC), T.RandomHorizontalFlip(),
-            T.RandomRotation(90), T.RandomApply([T.ElasticTransform(100.0)]),
-            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8), T.RandomGrayscale(0.2),
-            T.RandomApply([blur], (1.0, 0.1, 0.5)[min(view, 2)]), T.RandomSolarize(128, 0.2 * (view == 1)),
-            T.ToTensor(), T.Normalize(clever.MEAN, clever.STD)]))
-
-    def published(_):
-        for photo in photos:
-            image = Image.open(photo).convert("RGB")
-            for view in views:
-                view(image)
-    torch.set_num_threads(1)  # as in a worker
-    in_turns(f"loader, caug+, {len(photos)} images, 1 core", published,
-             lambda i: [clever.decode(photo, 320) for photo in photos], rounds=3)
-
-def peak_memory(call):
-    """The GiB that a function adds, at most, to the tensors in memory."""
-    with torch.profiler.profile(profile_memory=True) as profile:
-        call()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda e: e.start_ns())
-    return max(itertools.accumulate(e.nbytes() for e in events)) / 2 ** 30
-
-# claim 33: VMamba's memory in plain PyTorch against a ViT's; a whole step's, for each image of the batch.
-@pytest.mark.benchmark
-def test_benchmark_memory():
-    used = {}
-    for arch in ("vmamba_tiny", "vit_small"):
-        net = clever.build_backbone(arch, 224)
-        used[arch] = peak_memory(lambda: net(torch.rand(4, 3, 224, 224)).sum().backward())
-    print(f"\nforward and backward, batch 4, 224 px: vmamba_tiny {used['vmamba_tiny']:.2f} GiB, vit_small "
-          f"{used['vit_small']:.2f} GiB: {used['vmamba_tiny'] / used['vit_small']:.2f} x")
-    for arch, batch in (("vit_tiny", 8), ("vmamba_tiny", 2)):
-        for count in (batch, 2 * batch):
-            t = clever.Training(clever.Config(arch=arch, batch=count, precision="bf16"), 1)
-            views = [torch.randn(count, 3, side, side) for side in [224] * 2 + [96] * 8]
-            clever.train_step(t, views, 1)  # makes the optimiser's state
-            used[count] = peak_memory(lambda: clever.train_step(t, views, 2))
-        per_image = (used[2 * batch] - used[batch]) / batch
-        print(f"a step of {arch}, bf16, K = 65,536: {1024 * per_image:.0f} MiB an image, "
-              f"{512 * per_image:.0f} GiB at 512")
-
 # ======== Runs
 
 def flags(out, **options):
@@ -793,8 +706,8 @@ WRONG = """--ratio 1.5; --ratio nan; --ratio 0.001 > nothing to IR; --ratio 1 > 
 --lambda-reg nan; --teacher-temp 0; --momentum 1.1; --drop-path 1; --global-size 30 > patch; --local-size 12
 > patch; --out-dim 0; --local-scale 0 0.5; --weight-decay nan 0.4; --seed 99999999999999999999; --data
 W/nowhere > no image; --data cifar1 > cifar10; --data W/empty > no image; --out BASE > holds a run;
---out W/file > cannot be written; --compile > C compiler; --resume > no folder of a run; --resume --out BASE --ratio 0.5 >
---ratio 0.5: the run has 0.8; --resume --out BASE --batch 4 > --batch 4: the run has 8"""
+--out W/file > cannot be written; --compile > C compiler; --resume > no folder of a run;
+--resume --out BASE --ratio 0.5 > --ratio 0.5: the run has 0.8; --resume --out BASE --batch 4 > --batch 4: the run has 8"""
 
 # claim 16: a wrong option is refused in one sentence with exit code 2, before anything is created.
 def test_wrong_options_are_one_sentence_and_create_nothing(base, data, tmp_path, capsys, monkeypatch):
@@ -864,7 +777,8 @@ def test_folders_of_images(labelled, tmp_path, capsys):
     ("os.fsync", "if n >= 5: raise OSError(28, 'No space left')", 2, "last checkpoint could not be written"),
     ("train_step", "n == 4 and args[0].student.heads[1].prototypes.weight.data.fill_(math.nan)", 2,
      "not finite: {"),
-    ("train_step", "if n == 4: os.fsync = lambda _: os.stat('/full'); signal.raise_signal(15)", 143, "\nstopped\n"),
+    ("train_step", "if n == 4: os.fsync = lambda _: os.stat('/full'); signal.raise_signal(15)", 143,
+     "\nstopped\n"),
     ("save", "n == 2 and args[0].student.backbone.norm.bias.data.fill_(math.nan)", 2,
      "a weight is not finite at step 6")])
 def test_a_run_with_a_fault_resumes_to_the_same_bits(base, data, tmp_path, where, fault, code, said):
@@ -987,7 +901,8 @@ def test_images_of_every_mode_are_read_in_their_colours(tmp_path):
             ("grey.jpg", rgb.convert("L"), luma), ("grey alpha.png", rgb.convert("LA"), luma),
             ("alpha.png", Image.new("RGBA", (60, 40), (*orange, 0)), orange), ("größe.jpg", rgb, orange),
             ("one bit.png", Image.new("1", (60, 40), 1), (255, 255, 255)), ("16 bit.png", deep, luma),
-            ("16 bit.tif", deep, luma), ("big.tif", other_end, luma), ("narrow.png", rgb.resize((1, 500)), orange)]:
+            ("16 bit.tif", deep, luma), ("big.tif", other_end, luma),
+            ("narrow.png", rgb.resize((1, 500)), orange)]:
         image.save(tmp_path / name)
         pixels, aspect = clever.decode(str(tmp_path / name), 32)
         assert pixels.dtype == torch.uint8 and aspect == image.width / image.height
@@ -1119,7 +1034,7 @@ def test_probes_side_by_side_equal_probes_one_by_one():
                 optimizer.step()
             scores = head(z[held][:, i].double())
             hits = int((scores.argmax(1) == y[held]).sum())
-            quality = hits, -float(F.cross_entropy(scores, y[held]))
+            quality = hits, -F.cross_entropy(scores, y[held]).item()
             if quality > best:
                 best, best_rate, best_head = quality, rate, head
         assert probes[part][0] == best_rate

@@ -27,6 +27,7 @@ n03794056 n03837869 n03891251 n03903868 n03930630 n03947888 n04026417 n04067472 
 n04127249 n04136333 n04229816 n04238763 n04336792 n04418357 n04429376 n04435653 n04485082 n04493381
 n04517823 n04589890 n04592741 n07714571 n07715103 n07753275 n07831146 n07836838 n13037406 n13040303"
 
+unset CDPATH
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 fail() { echo "train_imagenet100.sh: $1" >&2; exit 2; }
 [ -n "$DATA" ] || fail "set DATA to the folder of ImageNet that holds train/ and val/"
@@ -41,6 +42,11 @@ done
 import os, sys
 data, subset = (os.path.realpath(path) for path in sys.argv[1:])
 sys.exit((subset + os.sep).startswith(data + os.sep))
+INSIDE
+# shellcheck disable=SC2086
+PYTHONPATH=$HERE "$PYTHON" - RUN $EVAL_OPTIONS <<'INSIDE' || exit 2
+import sys, eval_linear
+sys.exit(eval_linear.clever.guarded("EVAL_OPTIONS", lambda: eval_linear.parse(sys.argv[1:])))
 INSIDE
 if [ "$GPUS" = gpu ]; then
     "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" ||

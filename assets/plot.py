@@ -23,10 +23,15 @@ BESIDE = {"EF_own": (("EF_other_view", "--"), ("EF_other_image", ":"))}
 
 
 def read(path):
-    """The whole lines of a log.jsonl, as dicts; of a step that a resumed run repeated, the later one."""
-    with open(path) as file:
-        lines = [json.loads(line) for line in file if line.endswith("\n")]  # a run may be writing the last
-    return list({line["step"]: line for line in lines}.values())
+    """The lines of a log.jsonl, as dicts; of a step that a resumed run repeated, the later one."""
+    lines = {}  # by step
+    for text in Path(path).read_text().splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:  # a run is writing it, or was killed
+            continue
+        lines[line["step"]] = line
+    return list(lines.values())
 
 
 def draw(ax, lines, key, **style):

@@ -24,8 +24,10 @@ def measure():
     cfg = clever.parse(sys.argv[1:])
     steps = int(os.environ.get("STEPS", 20))
     data = clever.load_images(cfg.data, "train", clever.stored_side(cfg.global_size))
+    if cfg.batch > len(data):
+        raise clever.UserError(f"--batch {cfg.batch} is larger than the data of {len(data)} images; lower it")
     device = clever.setup(cfg.batch)
-    t = clever.Training(cfg, max(1, len(data) // cfg.batch), device)
+    t = clever.Training(cfg, len(data) // cfg.batch, device)
     augment = clever.MultiCrop(cfg)
     wait = getattr(torch, device.type).synchronize
     stream = data.stream(clever.batches(len(data), cfg, 0, steps + 2), device, cfg.workers)

@@ -7,6 +7,7 @@ augmentation knows, the outputs of all views of an image must agree, over the pa
     L_Turn = mean of 1 - cos(R(-angle_i) e_i, R(-angle_j) e_j)      e_i of the teacher, e_j of the student
 
 A constant costs 1 - (2 / pi)^2 = 0.59, a true solution 0. What it gains and costs: results.md, section 3.
+To go on with a run: `python assets/turn.py --out RUN --resume`. With clever.py it would go on with L_Orth.
 """
 import os
 import sys
@@ -20,7 +21,16 @@ import clever  # noqa: E402
 
 WEIGHT = 0.1  # of L_Turn
 angles = []  # of the views of the step, (B,) each
+parse = clever.parse
 warp = clever.warp
+
+
+def checking_parse(argv):
+    """`clever.parse`, which refuses what has no plane to turn in."""
+    cfg = parse(argv)
+    if cfg.method == "dino" or cfg.ef_out_dim % 2:
+        raise clever.UserError("turn.py needs --method clever and an even --ef-out-dim")
+    return cfg
 
 
 def remembering_warp(images, size, box, flip, angle, shift=None):
@@ -57,6 +67,7 @@ def turn_loss(cfg, student, teacher, centres, heads):
 
 
 if __name__ == "__main__":
+    clever.parse = checking_parse
     clever.warp = remembering_warp
     clever.MultiCrop = MultiCrop
     clever.clever_loss = turn_loss
