@@ -21,7 +21,7 @@ by gradient from a teacher, which is the moving average of the student (DINO, ar
 
 Without the split this is DINO, `--method dino`: L = L_CL.
 Letters in comments: B images of a process, stored as S x S pixels; V views of each, the first G = 2 global;
-D features (d of a part), K prototypes (K' of EF), N or M rows, L tokens, C classes.
+D features (d of a part), K prototypes (K' of EF), N or M rows, C classes; t is a `Training`.
 """
 import argparse
 import dataclasses
@@ -212,7 +212,7 @@ def option(default, help, *allowed):
 
 @dataclasses.dataclass
 class Config:
-    """Every option. The command line is made of it (section 10); DINO has ratio 1 whoever builds it."""
+    """Every option. The command line is made of it (section 10). DINO has ratio 1, whatever is given."""
     data: str = option("patterns", "patterns, cifar10, cifar100 or a folder, sorted by train/<class> or not")
     out: str = option("auto", "folder of the run; auto: runs/<data>-<method>-<aug>-<time>")
     recipe: str = option("paper", "which defaults the others take", "paper", "small", "demo")
@@ -408,7 +408,7 @@ class MultiCrop(nn.Module):
         shape = uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()
         box = crop_box(area, shape, uniform(0, 1, 2), aspect)
         flip = uniform(0, 1) < 0.5
-        angle = uniform(-90, 90) * (cfg.aug != "baug")
+        angle = uniform(-90, 90) * (cfg.aug != "baug")  # drawn in any case: the other draws stay the same
         shift = None
         if cfg.aug == "caug+":
             shift = elastic_shift(uniform(-1, 1, 2, size, size), 100 * size / 224, 5 * size / 224)
@@ -416,11 +416,9 @@ class MultiCrop(nn.Module):
         x = warp(images, size, box, flip, angle, shift)
         # colour: jitter, grey, blur, solarise
         jitter = uniform(0, 1) < 0.8
-        brightness = torch.where(jitter, uniform(0.6, 1.4), 1)
-        contrast = torch.where(jitter, uniform(0.6, 1.4), 1)
-        saturation = torch.where(jitter, uniform(0.8, 1.2), 1)
-        hue = torch.where(jitter, uniform(-0.1, 0.1), 0)
-        x = color_jitter(x, brightness, contrast, saturation, hue, order)
+        strengths = ((0.6, 1.4, 1), (0.6, 1.4, 1), (0.8, 1.2, 1), (-0.1, 0.1, 0))  # low, high, no change
+        factors = [torch.where(jitter, uniform(low, high), same) for low, high, same in strengths]
+        x = color_jitter(x, *factors, order)
         grey = (uniform(0, 1) < 0.2)[:, None, None, None]
         x = torch.where(grey, TF.rgb_to_grayscale(x), x)
         shrink = cfg.global_size / 224  # small images are hardly blurred
@@ -457,7 +455,7 @@ def stochastic_depth(x, rate, training):
     return x / (1 - rate) * kept.view(-1, *[1] * (x.dim() - 1))
 
 class Attention(nn.Module):
-    """Multi-head self-attention: (N, L, D) -> (N, L, D)."""
+    """Multi-head self-attention: (N, tokens, D) -> (N, tokens, D)."""
     def __init__(self, dim, heads):
         super().__init__()
         self.heads = heads
@@ -465,17 +463,17 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def queries_keys_values(self, x):
-        """Three tensors (N, heads, L, D/heads) from tokens (N, L, D)."""
-        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (N, L, 3, heads, D/heads)
+        """Three tensors (N, heads, tokens, D/heads) from (N, tokens, D)."""
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (N, tokens, 3, heads, D/heads)
         return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
     def forward(self, x):
         q, k, v = self.queries_keys_values(x)
-        x = F.scaled_dot_product_attention(q, k, v)  # (N, heads, L, D/heads)
-        return self.proj(x.transpose(1, 2).flatten(2))  # (N, L, heads, D/heads) -> (N, L, D)
+        x = F.scaled_dot_product_attention(q, k, v)  # (N, heads, tokens, D/heads)
+        return self.proj(x.transpose(1, 2).flatten(2))  # (N, tokens, heads, D/heads) -> (N, tokens, D)
 
 class Block(nn.Module):
-    """Pre-norm transformer block with stochastic depth: (N, L, D) -> (N, L, D)."""
+    """Pre-norm transformer block with stochastic depth: (N, tokens, D) -> (N, tokens, D)."""
     def __init__(self, dim, heads, drop_path):
         super().__init__()
         self.drop_path = drop_path
@@ -505,9 +503,9 @@ class VisionTransformer(nn.Module):
         init_linear(self, init_std)
 
     def tokens(self, x):
-        """Images (N, 3, H, W) -> tokens (N, L, D): CLS, then the h * w patches, with positions added."""
+        """Images (N, 3, H, W) -> (N, tokens, D): CLS, then the h * w patches, with positions added."""
         x = self.patch_embed.proj(x)  # (N, D, h, w)
-        side = math.isqrt(self.pos_embed.shape[1])
+        side = math.isqrt(self.pos_embed.shape[1] - 1)
         pos = self.pos_embed[:, 1:].mT.unflatten(2, (side, side))  # (1, D, side, side)
         pos = F.interpolate(pos, x.shape[2:], mode="bicubic")  # (1, D, h, w)
         patches = x.flatten(2).mT + pos.flatten(2).mT  # (N, h * w, D)
@@ -515,7 +513,7 @@ class VisionTransformer(nn.Module):
         return torch.cat([cls, patches], 1)
 
     def get_intermediate_layers(self, x, n=1):
-        """The tokens (N, L, D) after each of the last n blocks, normalised, as a list."""
+        """The tokens (N, tokens, D) after each of the last n blocks, normalised, as a list."""
         x = self.tokens(x)
         layers = []
         for block in self.blocks:
@@ -524,10 +522,10 @@ class VisionTransformer(nn.Module):
         return [self.norm(layer) for layer in layers]
 
     def get_last_selfattention(self, x):
-        """Attention weights of the last block (N, heads, L, L); row 0 is the CLS token's."""
+        """Attention weights of the last block (N, heads, tokens, tokens); row 0 is the CLS token's."""
         x = self.blocks[:-1](self.tokens(x))
         last = self.blocks[-1]
-        q, k, _ = last.attn.queries_keys_values(last.norm1(x))  # each (N, heads, L, D/heads)
+        q, k, _ = last.attn.queries_keys_values(last.norm1(x))  # each (N, heads, tokens, D/heads)
         return (q @ k.mT / math.sqrt(q.shape[-1])).softmax(-1)
 
     def forward(self, x):
@@ -570,23 +568,23 @@ def draw_patterns(count, seed, side=32):
     y, x = torch.meshgrid(axis, axis, indexing="ij")
     tilt = between(-10, 10).deg2rad()
     period = between(8, 11)  # pixels
-    f = (x * tilt.cos() + y * tilt.sin()) / period + between(0, 1)  # in periods: (count, 2 side, 2 side)
-    g = (y * tilt.cos() - x * tilt.sin()) / period * between(0.95, 1.05) + between(0, 1)
-    a = f % 1
-    b = g % 1
+    across = (x * tilt.cos() + y * tilt.sin()) / period + between(0, 1)  # in periods: (count, 2 side, 2 side)
+    along = (y * tilt.cos() - x * tilt.sin()) / period * between(0.95, 1.05) + between(0, 1)
+    a = across % 1
+    b = along % 1
     zigzag = (2 * a - 1).abs()
     duty = between(0.4, 0.48)
     bright = [
         b < duty,  # stripes
-        (g + zigzag / 2) % 1 < duty,  # zigzag
-        (2 * g % 1 > duty / 2) & ((f + (2 * g % 2).floor() / 2) % 1 > duty / 3),  # bricks
-        (g + 0.15 * torch.sin(2 * math.pi * f)) % 1 < duty,  # waves
-        (b < duty) & ((f + 0.5 * (g % 2).floor()) % 1 < 0.65),  # dashes
+        (along + zigzag / 2) % 1 < duty,  # zigzag
+        (2 * along % 1 > duty / 2) & ((across + (2 * along % 2).floor() / 2) % 1 > duty / 3),  # bricks
+        (along + 0.15 * torch.sin(2 * math.pi * across)) % 1 < duty,  # waves
+        (b < duty) & ((across + 0.5 * (along % 2).floor()) % 1 < 0.65),  # dashes
         b > zigzag + 0.3 - duty / 2,  # triangles
         ((a - 0.5) / 0.45) ** 2 + ((b - 0.5) / (0.5 * duty)) ** 2 < 1,  # ellipses
-        (b < duty / 2) | ((b < 0.75) & (2 * f % 1 < duty)),  # combs
-        ((g + zigzag) % 1 < duty) & (a > 0.12) & (a < 0.88),  # chevrons
-        (g + 0.25 * (2 * f % 4).floor()) % 1 < duty]  # steps
+        (b < duty / 2) | ((b < 0.75) & (2 * across % 1 < duty)),  # combs
+        ((along + zigzag) % 1 < duty) & (a > 0.12) & (a < 0.88),  # chevrons
+        (along + 0.25 * (2 * across % 4).floor()) % 1 < duty]  # steps
     labels = torch.arange(count) % 10
     image = torch.stack(bright, 1)[torch.arange(count), labels].float()  # (count, 2 side, 2 side)
     low = between(0.12, 0.14)
@@ -619,14 +617,14 @@ def decode(path, side):
 
 class Images(Dataset):
     """Images as files (`paths`) or as bytes in memory (`pixels`); item i: bytes (3, S, S), width / height.
-    A file that `decode` refuses ends the run, or if `mend`, is named and the next one takes its place."""
-    def __init__(self, side, labels, classes, paths=None, pixels=None, mend=False):
+    A file that `decode` refuses ends the run, or if `replace`, is named and the next one is shown for it."""
+    def __init__(self, side, labels, classes, paths=None, pixels=None, replace=False):
         self.side = side
         self.labels = torch.as_tensor(labels)
         self.classes = classes
         self.paths = paths
         self.pixels = pixels
-        self.mend = mend
+        self.replace = replace
 
     def __len__(self):
         return len(self.labels)
@@ -638,7 +636,7 @@ class Images(Dataset):
             try:
                 return decode(self.paths[k % len(self)], self.side)
             except UserError as e:
-                if not self.mend:
+                if not self.replace:
                     raise
                 print(f"warning: {e}; the next image takes its place", file=sys.stderr)
         raise UserError("a hundred images in a row cannot be read; mend or remove them")
@@ -690,7 +688,7 @@ def load_images(data, subset, side):
     names = [os.path.relpath(path, root).split(os.sep)[0] for path in paths]  # the folders in root
     classes = sorted(set(names))
     index = {name: c for c, name in enumerate(classes)}
-    return Images(side, [index[name] for name in names], classes, paths, mend=subset == "train")
+    return Images(side, [index[name] for name in names], classes, paths, replace=subset == "train")
 
 def batches(count, cfg, start, stop):
     """Yield this process's image indices of each step; an epoch's order is a function of (seed, epoch)."""
@@ -752,14 +750,14 @@ class Training:
         self.teacher = CLeVER(cfg).to(device).requires_grad_(False)  # without drop path
         self.teacher.load_state_dict(self.student.state_dict())
         decayed = [p for p in self.student.parameters() if p.ndim > 1]
-        others = [p for p in self.student.parameters() if p.ndim <= 1]  # biases and norms
+        others = [p for p in self.student.parameters() if p.ndim <= 1]  # biases and norms, as DINO
         groups = [dict(params=decayed), dict(params=others, weight_decay=0.0)]
         self.optimizer = torch.optim.AdamW(groups, fused=True)
-        steps = cfg.epochs * steps_per_epoch
-        warmup = min(10 * steps_per_epoch, steps // 10)
-        self.lr = cosine_schedule(cfg.lr * cfg.batch / 256, MIN_LR, steps, warmup)
-        self.weight_decay = cosine_schedule(*cfg.weight_decay, steps)
-        self.momentum = cosine_schedule(cfg.momentum, 1.0, steps)
+        self.steps = cfg.epochs * steps_per_epoch
+        warmup = min(10 * steps_per_epoch, self.steps // 10)
+        self.lr = cosine_schedule(cfg.lr * cfg.batch / 256, MIN_LR, self.steps, warmup)
+        self.weight_decay = cosine_schedule(*cfg.weight_decay, self.steps)
+        self.momentum = cosine_schedule(cfg.momentum, 1.0, self.steps)
         several = distributed()[1] > 1
         for net in (self.student, self.teacher):
             if several and self.device.type == "cuda":
@@ -881,7 +879,7 @@ def restore(t, data, out):
         for p, moments in t.optimizer.state.items():  # of another shape they would crash AdamW
             if not p.shape == moments["exp_avg"].shape == moments["exp_avg_sq"].shape:
                 raise ValueError("the optimiser's state has another shape")
-        if not 0 <= state["step"] <= len(t.lr):
+        if not 0 <= state["step"] <= t.steps:
             raise ValueError(f"step {state['step']} is none of this run")
         t.step = state["step"]
     except Exception as e:
@@ -919,8 +917,9 @@ def stored_side(size):
     """Side of the stored images for views of `size` pixels: small ones as they are, 320 px for 224."""
     return size if size <= 64 else round(size * 10 / 7)
 
-def train(cfg):
-    """Train as cfg says: (the `Training`, training images, test images or None, folder). Raises UserError."""
+def prepare(cfg):
+    """Checks, then what a run needs: (the `Training`, training images, test images or None, its folder).
+    Raises UserError."""
     data = load_images(cfg.data, "train", stored_side(cfg.global_size))
     if cfg.batch > len(data):
         raise UserError(f"--batch {cfg.batch} is larger than the data of {len(data)} images; lower it")
@@ -930,34 +929,39 @@ def train(cfg):
     if cfg.compile and not any(map(shutil.which, ("cc", "gcc", "clang", "cl", os.environ.get("CC", "cc")))):
         raise UserError("--compile needs a C compiler; install gcc, or leave it out")
     device = setup(cfg.batch)
-    rank, world = distributed()
     t = Training(cfg, len(data) // cfg.batch, device)
-    augment = MultiCrop(cfg)
     out, t.lock = open_folder(cfg)
     if cfg.resume:
         restore(t, data, out)
-    found = torch.tensor([len(data), t.step], dtype=torch.float64, device=device)
-    if not torch.equal(mean_over_processes(found.clone()), found):
+    mine = torch.tensor([len(data), t.step], dtype=torch.float64, device=device)
+    if not torch.equal(mean_over_processes(mine.clone()), mine):
         raise UserError("the processes found different --data or checkpoints; nodes need one shared --out")
-    journal = open(out / "log.jsonl" if rank == 0 else os.devnull, "a", buffering=1)
-    saved = save(t, data, out)
     million = sum(p.numel() for p in t.student.backbone.parameters()) / 1e6
     labels = f"{len(data.classes)} classes" if val else "no val/: no comparison at the end"
-    say(f"{cfg.method}, {cfg.arch} of {million:.1f}M parameters, {cfg.aug}, {world} x {device}\n"
+    say(f"{cfg.method}, {cfg.arch} of {million:.1f}M parameters, {cfg.aug}, {distributed()[1]} x {device}\n"
         f"{cfg.data}: {len(data)} images, {labels}\n"
         f"{cfg.epochs} epochs of {t.steps_per_epoch} steps of {cfg.batch} images, peak lr {max(t.lr):.2g}\n"
         f"precision {cfg.precision}; writes to {out}, from step {t.step}")
+    return t, data, val, out
+
+def train(cfg):
+    """Train as cfg says. Returns what `prepare` does. Raises UserError."""
+    t, data, val, out = prepare(cfg)
+    rank, world = distributed()
+    augment = MultiCrop(cfg)
+    journal = open(out / "log.jsonl" if rank == 0 else os.devnull, "a", buffering=1)
+    saved = save(t, data, out)
     signals = []  # the SIGTERM and SIGINT that came
     def note(number, frame):
         signals.append(number)
-        signal.signal(number, signal.SIG_DFL)  # a second one ends the process at once
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # now Ctrl-C ends the process at once
     usual = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
     saved_time = told_time = began = time.monotonic()
     first = t.step  # of the means in the log: the epoch's first step, or the resumed one
     sums = {}  # of the loss terms from `first` on, on the device
-    bar = tqdm(total=len(t.lr) * cfg.batch, initial=t.step * cfg.batch, unit=" images", unit_scale=True,
+    bar = tqdm(total=t.steps * cfg.batch, initial=t.step * cfg.batch, unit=" images", unit_scale=True,
                disable=None if rank == 0 else True)  # None: shown on a terminal alone
-    for images, aspect in data.stream(batches(len(data), cfg, t.step, len(t.lr)), device, cfg.workers):
+    for images, aspect in data.stream(batches(len(data), cfg, t.step, t.steps), t.device, cfg.workers):
         views = augment(images, aspect, t.step)
         if t.step == 0 and rank == 0:
             save_crops(out / "crops.png", images, views)
@@ -987,7 +991,7 @@ def train(cfg):
             began = time.monotonic()
         with suppress(OSError):  # a full disk does not end a run; `write` warns
             journal.write(json.dumps(line) + "\n")
-        stop = mean_over_processes(torch.tensor(float(len(signals)), device=device)) > 0
+        stop = mean_over_processes(torch.tensor(float(len(signals)), device=t.device)) > 0
         if epoch_ends or stop or time.monotonic() - saved_time > SAVE_EVERY:
             saved = save(t, data, out)
             saved_time = time.monotonic()
@@ -1029,13 +1033,12 @@ def knn(bank, labels, queries, classes, k=20, temperature=0.07):
 
 def ridge_r2(x, angle, x_test, angle_test, penalty=0.01):
     """R2 on test rows of ridge regression from standardised features (N, d) to (cos, sin) of angles (N,)."""
-    y = torch.stack([angle.deg2rad().cos(), angle.deg2rad().sin()], 1).double()  # (N, 2)
-    y_test = torch.stack([angle_test.deg2rad().cos(), angle_test.deg2rad().sin()], 1).double()
+    y, y_test = (torch.stack([a.deg2rad().cos(), a.deg2rad().sin()], 1).double() for a in (angle, angle_test))
     std, mean = torch.std_mean(x.double(), 0)
-    x = (x - mean) / (std + 1e-6)
+    x, x_test = ((rows - mean) / (std + 1e-6) for rows in (x, x_test))
     gram = x.T @ x / len(x) + penalty * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     w = torch.linalg.solve(gram, x.T @ (y - y.mean(0)) / len(x))  # (d, 2)
-    error = y_test - y.mean(0) - (x_test - mean) / (std + 1e-6) @ w
+    error = y_test - y.mean(0) - x_test @ w  # (M, 2)
     return float((1 - error.square().sum(0) / (y_test - y_test.mean(0)).square().sum(0)).mean())
 
 @torch.no_grad()
@@ -1049,7 +1052,7 @@ def extract(backbone, cfg, data, count, device):
         upright = torch.zeros_like(angle)
         for turn in (upright, angle):
             x = centre_view(images, aspect, cfg.global_size, upright.bool(), turn)  # none is flipped
-            z.append(backbone(normalize(x)).float())
+            z.append(backbone.forward(normalize(x)).float())  # not compiled: for one pass
     return torch.cat(z[::2]), torch.cat(z[1::2]), angles, data.labels[rows].to(device)
 
 def compare(cfg, train_data, val_data, untrained, trained, device):
@@ -1083,12 +1086,9 @@ def parse(argv):
     """The `Config` that a command line asks for: its options over the recipe. Raises UserError."""
     parser = argparse.ArgumentParser("clever.py", usage=argparse.SUPPRESS, argument_default=argparse.SUPPRESS,
                                      allow_abbrev=False, description="In brackets: values of this command.")
+    special = {tuple: dict(type=float, nargs=2, metavar="X"), bool: dict(action="store_true")}
     for field in dataclasses.fields(Config):
-        kind = dict(type=field.type, metavar="X")
-        if field.type is tuple:
-            kind = dict(type=float, nargs=2, metavar="X")
-        if field.type is bool:
-            kind = dict(action="store_true")
+        kind = special.get(field.type, dict(type=field.type, metavar="X"))
         if field.name in GROUPS:
             group = parser.add_argument_group(GROUPS[field.name])
         group.add_argument(flag(field.name), help=field.metadata["help"] + " [%(default)s]", **kind)

@@ -218,7 +218,7 @@ def open_splits(p, cfg):
         rows = balanced_draw(train.labels, p.labels, p.seed)
         paths = [train.paths[i] for i in rows] if train.paths else None
         pixels = None if train.paths else train.pixels[rows]
-        train = clever.Images(train.side, train.labels[rows], train.classes, paths, pixels, mend=True)
+        train = clever.Images(train.side, train.labels[rows], train.classes, paths, pixels, replace=True)
     return train, val
 
 @torch.no_grad()
