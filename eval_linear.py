@@ -47,7 +47,7 @@ def parse(argv):
     add("--arch", default="", help="the architecture of --weights, as for clever.py")
     add("--ratio", type=float, default=1.0, help="rho of --weights: 0.8 for published CLeVER [1: no split]")
     add("--data", default="", help="as for clever.py [the run's]")
-    add("--parts", nargs="+", choices=("all", "IR", "EF"), default=("all", "IR", "EF"), help="what to probe")
+    add("--parts", nargs="+", choices=("all", "IR", "EF"), default=["all", "IR", "EF"], help="what to probe")
     add("--quick", action="store_true", help="train on features of the plain images, extracted once")
     add("--labels", type=float, default=1.0, help="fraction of the training labels, drawn class by class [1]")
     add("--epochs", type=int, default=100, help="passes over the training images [100]")
@@ -65,11 +65,9 @@ def parse(argv):
     p.changed = [name for name in vars(p) if getattr(p, name) != parser.get_default(name)]
     p.weights = p.weights and os.path.abspath(p.weights)
     p.probing = not (p.davis or p.visualize)
-    ignored = []
-    if p.run:
-        ignored += ["--weights", "--arch", "--ratio"]  # the run has its own
+    ignored = ["--weights", "--arch", "--ratio"] if p.run else []  # the run has its own
     if p.finetune:
-        ignored += ["--parts", "--quick", "--lr"]
+        ignored += ["--parts", "--quick", "--lr", "--ratio"]
         p.parts = ["all"]
         p.lr = [1.0]  # AdamW has its own
     if not p.probing:
@@ -146,12 +144,12 @@ class Representation(nn.Module):
         D = backbone.embed_dim
         self.width = D * min(4, len(backbone.blocks)) if self.vit else D
         parts = clever.columns(D, cfg.ratio)
-        self.knn_columns = {part: parts[part].to(device) + self.width - D for part in parts if part in p.parts}
-        if not self.knn_columns:
-            raise UserError(f"--parts {p.parts[0]}: this model has no split (DINO, or ratio 1)")
-        self.linear_columns = dict(self.knn_columns)
-        if "all" in self.knn_columns:
-            self.linear_columns["all"] = torch.arange(self.width, device=device)
+        first = self.width - D  # of z
+        self.knn_columns = {part: parts[part].to(device) + first for part in parts if part in p.parts}
+        if "parts" in p.changed and len(self.knn_columns) < len(set(p.parts)):
+            raise UserError(f"--parts {' '.join(p.parts)}: this model has no split (DINO, or ratio 1)")
+        whole = dict(all=torch.arange(self.width, device=device))
+        self.linear_columns = {part: whole.get(part, dims) for part, dims in self.knn_columns.items()}
         self.eval().requires_grad_(False)
 
     def forward(self, x):
@@ -241,15 +239,13 @@ def train_probes(p, model, data, bank):
     """A linear probe of each part, {part: (learning rate, nn.Linear)}; with --finetune the backbone too.
     bank (N, F): features of the plain training images. A tenth of them, at most 5000, is held out to choose
     among several learning rates; the loss decides between equals. Fine-tuning keeps the statistics of batch
-    norm. Raises UserError for fewer images than processes."""
+    norm."""
     rank, world = distributed()
     labels = data.labels.to(model.device)
     order = torch.randperm(len(data), generator=generator("cpu", p.seed, "held out"))
     count = min(5000, math.ceil(len(order) / 10)) if len(p.lr) > 1 else 0
     held, rows = order.tensor_split([count])
     batch = min(p.batch, len(rows)) // world * world  # as many in each process
-    if batch == 0:
-        raise UserError(f"{len(rows)} training images or --batch {p.batch} are too few for {world} processes")
     steps_per_epoch = len(rows) // batch
     steps = p.epochs * steps_per_epoch
     gen = generator("cpu", p.seed, "head")
@@ -280,36 +276,36 @@ def train_probes(p, model, data, bank):
         else:
             images, aspect = next(stream)
             gen = generator("cpu", p.seed, "probe", step)
-            size = model.cfg.global_size
-            z = model(make_view(images, aspect, size, gen, rank, world, crop=True, flip=True))
+            z = model(make_view(images, aspect, model.cfg.global_size, gen, rank, world, crop=True, flip=True))
         optimizer.zero_grad()
-        loss = 0.0
-        for (part, rate), head in heads.items():  # SGD is linear: a weight of the loss is a learning rate
-            loss = loss + rate * F.cross_entropy(head(z[:, model.linear_columns[part]]), labels[some])
-        loss.backward()
+        losses = [rate * F.cross_entropy(head(z[:, model.linear_columns[part]]), labels[some])
+                  for (part, rate), head in heads.items()]  # SGD is linear: rate is its learning rate
+        sum(losses).backward()
         for group in optimizer.param_groups:
             for weight in group["params"]:
                 clever.mean_over_processes(weight.grad)
         optimizer.step()
         schedule.step()
         if bar.disable and not p.quick and (step + 1) % steps_per_epoch == 0:
-            say(f"epoch {(step + 1) // steps_per_epoch}/{p.epochs}  loss {loss.item():.4f}")
+            mean = sum(losses) / sum(rate for _, rate in heads)
+            say(f"epoch {(step + 1) // steps_per_epoch}/{p.epochs}  loss {mean:.4f}")
     model.requires_grad_(False)
+
+    def quality(part, rate):
+        scores = heads[part, rate](bank[held][:, model.linear_columns[part]])
+        hits = int((scores.argmax(1) == labels[held]).sum())
+        return hits, -F.cross_entropy(scores, labels[held]).item()
+
     best = {}
-    for part, dims in model.linear_columns.items():
-        quality = []
-        for rate in p.lr:
-            scores = heads[part, rate](bank[held][:, dims])
-            hits = int((scores.argmax(1) == labels[held]).sum())
-            quality.append((hits, -F.cross_entropy(scores, labels[held]).item()))
-        rate = p.lr[quality.index(max(quality))]
+    for part in model.linear_columns:
+        rate = max(p.lr, key=lambda rate: quality(part, rate))
         best[part] = rate, heads[part, rate]
     return best
 
 def accuracy(scores, labels):
     """[top-1, top-5] in % of scores (N, C), labels (N,); top-1 alone of fewer than 6 classes."""
     own = scores.gather(1, labels[:, None])  # (N, 1)
-    rank = (~(scores < own)).sum(1)  # from 1; equal scores, such as no votes of k-NN, are no hit
+    rank = (~(scores < own)).sum(1)  # from 1; equal scores, as without votes of k-NN, or NaN are no hit
     top = (1, 5) if scores.shape[1] > 5 else (1,)
     return [100 * float((rank <= k).double().mean()) for k in top]
 
@@ -317,7 +313,7 @@ def evaluate(p, model, train, val):
     """Train and test the probes and print their table: a section of eval.json. Raises UserError."""
     labels = train.labels.to(model.device)
     truth = val.labels.to(model.device)
-    extract(model, val, "orig")  # broken images are refused before the work, not after
+    extract(model, val, "orig")  # a dry run: broken images are refused before the work, not after
     bank = torch.zeros(0, model.width, device=model.device)
     if not p.finetune:
         bank = extract(model, train, "orig")
@@ -336,7 +332,9 @@ def evaluate(p, model, train, val):
         rows.append([kind] + [" / ".join(f"{value:.1f}" for value in row[kind]) for row in table.values()])
     say(f"{len(train)} training and {len(val)} test images of {len(train.classes)} classes")
     clever.print_table(["top-1 / top-5, %" if len(train.classes) > 5 else "top-1, %", *table], rows)
-    return {**table, "learning rates": {part: rate for part, (rate, _) in probes.items()}}
+    if not p.finetune:
+        table["learning rates"] = {part: rate for part, (rate, _) in probes.items()}
+    return table
 
 # ======== 5. Segmentation by label propagation (DAVIS-2017)
 def propagate(features, first, last=7, k=5, radius=12, temperature=0.1):
@@ -365,13 +363,11 @@ def jaccard(features, truth):
     masks = masks - masks.amin((2, 3), keepdim=True)
     masks = masks / masks.amax((2, 3), keepdim=True).clamp(min=1e-6)  # to [0, 1] (DINO)
     ours = ids[F.interpolate(masks, size=truth.shape[1:], mode="bilinear").argmax(1)]  # (T, H, W)
-    scores = []
-    for i in ids[ids > 0]:
-        common = ((ours == i) & (truth == i)).sum((1, 2))  # (T,)
-        union = ((ours == i) | (truth == i)).sum((1, 2))
-        J = torch.where(union > 0, common / union, 1.0)
-        scores.append(float(J[1:-1].mean()))  # the first frame was given; the last one has never counted
-    return scores
+    objects = ids[ids > 0][:, None, None, None]
+    common = ((ours == objects) & (truth == objects)).sum((2, 3))  # (K - 1, T)
+    union = ((ours == objects) | (truth == objects)).sum((2, 3))
+    J = torch.where(union > 0, common / union, 1.0)
+    return J[:, 1:-1].mean(1).tolist()  # the first frame was given; the last one has never counted
 
 @torch.no_grad()
 def davis(model, root):
@@ -380,7 +376,8 @@ def davis(model, root):
     patch = model.backbone.patch_size
     scores = {}
     try:
-        for video in (root / "ImageSets/2017/val.txt").read_text().split():
+        videos = (root / "ImageSets/2017/val.txt").read_text().split()
+        for video in tqdm(videos, "davis", leave=False, disable=None):
             features = []
             truth = []
             for path in sorted((root / "JPEGImages/480p" / video).glob("*.jpg")):
@@ -395,6 +392,8 @@ def davis(model, root):
             scores[video] = jaccard(torch.stack(features), torch.cat(truth))
         objects = [J for video in scores.values() for J in video]
         mean = sum(objects) / len(objects)
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, RuntimeError, ZeroDivisionError) as e:
         raise UserError(f"--davis {root}: unreadable, or not the layout of DAVIS-2017 at 480p ({e})")
     say(f"DAVIS-2017: J mean {mean:.3f} of {len(objects)} objects")
@@ -418,9 +417,10 @@ def draw(model, path, turns=(0.0, 30.0, 60.0, 90.0), tile=128):
     pixels, aspect = clever.decode(path, clever.stored_side(size))
     angle = torch.tensor(turns, device=model.device)
     pixels = pixels.to(model.device).expand(len(turns), -1, -1, -1)
-    images = clever.centre_view(pixels, torch.full_like(angle, aspect), size, angle > 90, angle)  # no flip
+    no_flip = torch.zeros_like(angle).bool()
+    images = clever.centre_view(pixels, torch.full_like(angle, aspect), size, no_flip, angle)
     x = clever.normalize(images)
-    tokens = model.backbone.get_intermediate_layers(x)[0][:, 1:]  # (T, n, D)
+    tokens = model.backbone.get_intermediate_layers(x)[0][:, 1:]  # (T, n, D) of the n patches
     attention = model.backbone.get_last_selfattention(x)[:, :, :1, 1:]  # (T, heads, 1, n), of the CLS token
     rows = {"image": images}  # (T, 1 or 3, h, w)
     for part, dims in clever.columns(tokens.shape[2], model.cfg.ratio).items():
@@ -446,12 +446,11 @@ def read_results(file):
 
 def add_results(out, section, numbers, p):
     """Add a section to eval.json, named by the options that are not the defaults, so that another stays."""
-    words = [section]
-    for name in p.changed:
-        if name not in ("run", "out", "workers", section):
-            words.append(f"{name}={getattr(p, name)}")
+    skipped = ("out" if p.out else "run", "workers", section)  # one --out may hold several runs
+    words = [f"{name}={getattr(p, name)}" for name in p.changed if name not in skipped]
     known = read_results(out / "eval.json")
-    known[" ".join(words)] = {**numbers, "settings": vars(p)}
+    known[" ".join([section, *words])] = {**numbers, "settings": vars(p)}
+    out.mkdir(parents=True, exist_ok=True)
     if not clever.write(out / "eval.json", json.dumps(known, indent=1)):
         raise UserError("the results above are not in eval.json")
     say(f"written to {out / 'eval.json'}")
@@ -462,20 +461,15 @@ def run(p):
     cfg, untrained, trained = open_model(p)
     out = Path(p.out or p.run or Path(p.weights).parent).absolute()
     read_results(out / "eval.json")
+    above = next(folder for folder in (out, *out.parents) if folder.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UserError(f"--out {out} cannot be written; name another folder")
     if p.probing:
         train, val = open_splits(p, cfg)
+        if min(p.batch, len(train) // 2) < int(os.environ.get("WORLD_SIZE", 1)):
+            raise UserError(f"{len(train)} training images or --batch {p.batch} are too few for the processes")
     device = clever.setup(batch=0)
     model = Representation(trained, cfg, p, device)
-    if p.visualize:
-        sheet = draw(model, p.visualize)
-    if p.davis:
-        masks = davis(model, Path(p.davis))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK):
-            raise PermissionError("read-only")
-    except OSError as e:
-        raise UserError(f"--out {out} cannot be written ({e.strerror or e}); name another folder")
     if p.probing:
         table = evaluate(p, model, train, val)
     rank, _ = distributed()
@@ -484,10 +478,12 @@ def run(p):
     if rank > 0:
         return
     if p.visualize:
+        sheet = draw(model, p.visualize)
+        out.mkdir(parents=True, exist_ok=True)
         sheet.save(out / "visualize.png")
         say(f"written to {out / 'visualize.png'}")
     if p.davis:
-        add_results(out, "davis", masks, p)
+        add_results(out, "davis", davis(model, Path(p.davis)), p)
     if p.finetune:
         add_results(out, "finetune", table, p)
     elif p.probing:

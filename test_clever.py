@@ -403,10 +403,12 @@ class NeverWait(TorchDispatchMode):
 
 # claim 13: a step and its views never ask the device for a value.
 @pytest.mark.parametrize("options", [dict(aug="caug+"), dict(arch="resnet18"), dict(arch="vmamba_tiny")])
-def test_a_step_never_waits_for_the_device(options):
+def test_a_step_never_waits_for_the_device(monkeypatch, options):
     cfg = tiny(**{**options, "batch": 2})
     t, crop = clever.Training(cfg, 1), clever.MultiCrop(cfg)
     images, aspect = torch.zeros(2, 3, 32, 32, dtype=torch.uint8), torch.ones(2)
+    for name in ("tolist", "cpu", "numpy"):
+        monkeypatch.setattr(torch.Tensor, name, None)
     with NeverWait():
         clever.train_step(t, crop(images, aspect, 0), 0)
 
@@ -726,6 +728,15 @@ def test_wrong_options_are_one_sentence_and_create_nothing(base, data, tmp_path,
         assert (out, err.count("\n")) == ("", 1) and (said or words[0]) in err, (line, err)
         assert files_of(tmp_path, base, data) == before, line
 
+# claim 15: the comparison says which backbone is which, and which images are rotated.
+def test_compare_says_which_is_which(labelled):
+    splits = [clever.load_images(str(labelled), part, 32) for part in ("train", "val")]
+    corner = nn.Sequential(nn.Upsample(size=1), nn.Flatten())  # black in a rotated image
+    blind = nn.Sequential(*corner, nn.Threshold(9, 1.0))
+    known = clever.compare(tiny(), *splits, blind, corner, torch.device("cpu"))
+    assert known["before"]["k-NN, upright"]["all"] == 50 and known["after"]["k-NN, upright"]["all"] == 100
+    assert known["after"]["k-NN, rotated"]["all"] < 80
+
 # claim 16: so it is where fcntl and resource do not exist (Windows).
 def test_without_fcntl():
     code = "import sys; sys.modules.update(fcntl=None, resource=None); import clever; clever.main(['--k'])"
@@ -888,7 +899,7 @@ def test_memory_and_open_files_do_not_grow(data, tmp_path, monkeypatch):
     monkeypatch.setattr(clever, "look", watch)
     assert clever.main(flags(tmp_path / "run", data=data, batch=4, epochs=10, local_views=0)) == 0
     (pages, files), (pages_end, files_end) = seen[1], seen[-1]
-    assert (pages_end - pages) * os.sysconf("SC_PAGE_SIZE") < 20e6 and files_end <= files
+    assert (pages_end - pages) * os.sysconf("SC_PAGE_SIZE") < 3e6 and files_end <= files
 
 # claim 27: images of every common mode are read in their colours, turned as their EXIF says.
 def test_images_of_every_mode_are_read_in_their_colours(tmp_path):
@@ -1015,7 +1026,8 @@ def test_knn_and_ridge_equal_naive_ones():
 # claim 29: probes side by side equal probes trained one by one; held-out images choose the learning rates.
 def test_probes_side_by_side_equal_probes_one_by_one():
     z, _, y = planted(96, 0)
-    rates = [0.01, 0.1]
+    z = z + 4 * normal(96, 20, seed=5).float()  # hard: the training rows would choose another rate
+    rates = [0.01, 0.1, 1.0, 3.0]
     probes, columns = probe(z, y, "--epochs", "2", "--batch", "16", "--lr", *map(str, rates))
     order = torch.randperm(96, generator=clever.generator("cpu", 0, "held out"))
     held, rows = order[:10], order[10:]
@@ -1041,6 +1053,70 @@ def test_probes_side_by_side_equal_probes_one_by_one():
         assert probes[part][0] == best_rate
         close([p.double() for p in probes[part][1].parameters()], list(best_head.parameters()), 1e-4)
 
+# claim 29: IR and EF are dimensions of the last representation; a linear probe on all sees four CLS tokens.
+def test_what_the_probes_see():
+    net = clever.build_backbone("vit_micro", 32)
+    model = eval_linear.Representation(net, tiny(), eval_linear.parse(["RUN"]), torch.device("cpu"))
+    x = torch.randn(2, 3, 32, 32)
+    features = model(x)
+    close(features, torch.cat([layer[:, 0] for layer in net.get_intermediate_layers(x, 4)], 1))
+    ir, ef = clever.split(net(x), 0.8)
+    for columns in (model.knn_columns, model.linear_columns):
+        close([features[:, columns["IR"]], features[:, columns["EF"]]], [ir, ef])
+    close(features[:, model.knn_columns["all"]], net(x))
+    close(features[:, model.linear_columns["all"]], features)
+
+# claim 30: each perturbation of the test images is what its name says.
+@pytest.mark.parametrize("kind", eval_linear.TABLE)
+def test_perturbations_are_what_their_names_say(monkeypatch, kind):
+    p = {}  # the arguments of what makes a view
+
+    def note(*args, real):
+        p.update(inspect.signature(real).bind(*args).arguments)
+        return real(*args)
+    for name in ("warp", "color_jitter", "elastic_shift"):
+        monkeypatch.setattr(clever, name, partial(note, real=getattr(clever, name)))
+    images = torch.zeros(4000, 3, 8, 8, dtype=torch.uint8)
+    eval_linear.make_view(images, torch.ones(4000), 8, clever.generator("cpu", 0), **eval_linear.KINDS[kind])
+    happens(p["flip"], 0.5 * ("flip" in kind))
+    if "rot" in kind:
+        uniform(p["angle"], -90, 90)
+    else:
+        assert not p["angle"].any()
+    assert ("alpha" in p) == ("elastic" in kind)
+    if "elastic" in kind:
+        assert p["alpha"] == pytest.approx(100 * 8 / 224)
+    assert ("hue" in p) == ("cj" in kind)
+    if "cj" in kind:
+        uniform(p["hue"], -0.1, 0.1)
+        for name in ("brightness", "contrast", "saturation"):
+            uniform(p[name], 0.6, 1.4)
+
+def probes_of(rank, world, folder):
+    """Features and linear probes as one of `world` processes finds them, into a file."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    if world > 1:
+        dist.init_process_group("gloo", f"file://{folder}/meeting-{world}", rank=rank, world_size=world)
+    images = clever.Images(32, torch.arange(40) % 2, ["a", "b"], pixels=clever.draw_patterns(40, 0)[0])
+    p = eval_linear.parse("RUN --epochs 2 --batch 12 --lr 0.1".split())
+    net = clever.build_backbone("vit_micro", 32)
+    model = eval_linear.Representation(net, tiny(), p, torch.device("cpu"))
+    bank = eval_linear.extract(model, images, "cj+rot")
+    probes = eval_linear.train_probes(p, model, images, bank)
+    heads = {part: head.state_dict() for part, (_, head) in probes.items()}
+    torch.save([bank, heads], f"{folder}/{world}-{rank}.pt")
+
+# claim 28: features and linear probes do not depend on the number of processes.
+def test_probes_of_two_processes_equal_those_of_one(tmp_path):
+    probes_of(0, 1, tmp_path)
+    ranks = [CHILDREN.Process(target=probes_of, args=(rank, 2, tmp_path)) for rank in range(2)]
+    for p in ranks:
+        p.start()
+    assert finish(*ranks) == [0, 0]
+    for rank in range(2):
+        close(torch.load(tmp_path / f"2-{rank}.pt"), torch.load(tmp_path / "1-0.pt"), 1e-5)
+
 # claim 28: --labels draws equally many images of each class, the same for a seed.
 def test_a_draw_of_labels_is_fixed_and_balanced():
     labels = torch.arange(1000) % 10
@@ -1061,6 +1137,17 @@ def test_published_layouts_load(tmp_path):
         cfg, _, loaded = eval_linear.open_model(eval_linear.parse(argv))
         assert cfg.global_size == 32
         assert all(torch.equal(value, own[name]) for name, value in loaded.state_dict().items())
+
+# claim 31: the size of a ViT's patches and the stem of a ResNet are found in the file.
+@pytest.mark.parametrize("arch, size, patch", [
+    ("vit_tiny", 32, 8), ("resnet18", 32, None), ("resnet18", 224, None)])
+def test_patch_and_stem_are_found_in_the_file(tmp_path, arch, size, patch):
+    weights = clever.build_backbone(arch, size, patch_size=patch).state_dict()
+    torch.save({**weights, "fc.bias": torch.zeros(10)}, tmp_path / "w.pt")
+    argv = ["--weights", str(tmp_path / "w.pt"), "--arch", arch, "--data", "patterns"]
+    cfg, _, loaded = eval_linear.open_model(eval_linear.parse(argv))
+    assert cfg.global_size == size
+    close(loaded.state_dict(), weights, 0)
 
 # claim 31: a file that does not fit, runs code, or is of safetensors is refused in one sentence that helps.
 def test_wrong_weights_are_refused(tmp_path, capsys, monkeypatch):
@@ -1087,7 +1174,9 @@ RUN --ratio=1 > --ratio=1 would be ignored; RUN --weights A.pt > --weights would
 RUN --finetune --parts all > --parts would be ignored; RUN --finetune --quick > --quick would be ignored;
 RUN --finetune --lr 1 > --lr would be ignored; RUN --davis ODD --epochs 100 > --epochs would be ignored;
 RUN --data ODD > classes; RUN --out RUN/config.json > cannot be written; DINO --parts EF > no split;
-NET --visualize x > ViT; RUN --visualize HOLE/val/a/00.jpg > cannot be read; RUN --seed -1 > at least 0;
+DINO --parts all EF > no split; RUN --davis ODD > layout of DAVIS; NET --visualize x > ViT;
+RUN --visualize HOLE/val/a/00.jpg > cannot be read; RUN --seed -1 > at least 0;
+--weights A.pt --arch vit_tiny --data patterns --finetune --ratio 0.8 > --ratio would be ignored;
 BARE > backbone.pt; OLD --out OLD > eval.json;
 RUN --data HOLE --out RUN --workers 0 > val/a/00.jpg cannot be read"""
 
@@ -1123,10 +1212,10 @@ def test_one_command_writes_the_table_and_two_processes_agree(tmp_path, capsys):
     one, two = sections(run), sections(tmp_path / "two")
     options = "epochs=3 batch=16 lr=[0.01, 0.1]"
     assert list(one) == [f"probes {options}", f"rotation {options}"]
-    assert list(two) == [f"{name} seed=1" for name in one]
+    assert list(two) == [name.replace(" ", f" run={run} ", 1) + " seed=1" for name in one]
     for part in ("all", "IR", "EF"):
         a = one[f"probes {options}"][f"k-NN {part}"]
-        b = two[f"probes {options} seed=1"][f"k-NN {part}"]
+        b = two[f"probes run={run} {options} seed=1"][f"k-NN {part}"]
         assert list(a) == ["orig", "cj", "cj+flip", "cj+rot", "cj+rot+elastic"]
         assert all(a[kind] == pytest.approx(b[kind], abs=0.4) for kind in a)  # one image
 
@@ -1162,6 +1251,27 @@ def test_batch_norm_is_left_alone(labelled, options, changes):
     same = {name: torch.equal(value, before[name]) for name, value in backbone.state_dict().items()}
     assert all(same.values()) != changes and all(same[name] for name in same if "running" in name)
 
+# claim 32: masks are carried on as a naive version does it, from the most similar places nearby.
+def test_propagation_equals_a_naive_one():
+    f = normal(5, 4, 3, 6)
+    masks = [normal(2, 4, 3, seed=1)]
+    places = list(itertools.product(range(4), range(3)))
+    for t in range(1, 5):
+        mask = torch.zeros(2, 4, 3).double()
+        for h, w in places:
+            near = []
+            for c in sorted({0, max(0, t - 2), t - 1}):
+                for y, x in places:
+                    if abs(y - h) <= 1 and abs(x - w) <= 1:
+                        cosine = F.cosine_similarity(f[t, h, w], f[c, y, x], 0)
+                        near.append((float(cosine) / 0.1, c, y, x))
+            near = sorted(near)[-3:]
+            weights = torch.tensor([affinity for affinity, *_ in near]).double().softmax(0)
+            for weight, (_, c, y, x) in zip(weights, near):
+                mask[:, h, w] += weight * masks[c][:, y, x]
+        masks.append(mask)
+    close(eval_linear.propagate(f, masks[0], last=2, k=3, radius=1), torch.stack(masks), 1e-6)
+
 # claim 32: --davis follows an object through a video in the layout of DAVIS-2017.
 def test_davis_follows_an_object(tmp_path):
     for folder in ("JPEGImages/480p/toy", "Annotations/480p/toy", "ImageSets/2017"):
@@ -1176,9 +1286,12 @@ def test_davis_follows_an_object(tmp_path):
     saved = sections(tmp_path / "run")["davis"]
     assert saved["J mean"] > 0.7 and len(saved["videos"]["toy"]) == 1
 
-# claim 32: --visualize draws an image, components of its parts and attention at four turns.
+# claim 32: --visualize draws an image, components of its parts and attention of its heads, at four turns.
 def test_visualize_draws_a_row_for_each_map(labelled, tmp_path):
     run = untrained(tmp_path / "run")
     assert evaluate(run, "--visualize", labelled / "train" / "a" / "00.jpg") == 0
-    with Image.open(run / "visualize.png") as sheet:  # image, all, IR, EF, 3 heads; tiles of 128 px
-        assert sheet.size == (4 * 144 + 16, 7 * 144 + 16)
+    sheet = TF.pil_to_tensor(Image.open(run / "visualize.png")) / 255
+    assert sheet.shape[1:] == (7 * 144 + 16, 4 * 144 + 16)  # image, all, IR, EF, 3 heads; tiles of 128 px
+    tiles = sheet[:, 16:, 16:].unflatten(2, (4, 144)).unflatten(1, (7, 144))[:, :, :128, :, :128]
+    assert (tiles.std((0, 2, 4)) > 0.01).all()  # none is empty
+    assert psnr(tiles[:, 0, :, 3], tiles[:, 0, :, 0].rot90(1, (1, 2))) > 40  # turned by 90 degrees
