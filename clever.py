@@ -42,6 +42,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends at once; `train` saves first
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # a closed one is None
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -203,7 +204,6 @@ def train_step(t, views, step):
 # ======== 4. The recipe: the defaults are the paper's; smaller data changes some of them
 CLIP = 3.0  # largest norm of a parameter's gradient
 CENTRE_MOMENTUM = 0.9
-MIN_LR = 1e-6  # at the end of the cosine
 GROUPS = dict(data="data", method="method", aug="views", epochs="optimisation", seed="run")  # of --help
 
 def option(default, help, *allowed):
@@ -301,9 +301,8 @@ def warp(images, size, box, flip, angle, shift=None):
         point = point + shift  # (B, size, size, 2)
     inside = (point.abs() <= 1).all(-1)  # (B or 1, size, size)
     x, y = point.unbind(-1)  # each (B or 1, size, size)
-    cos = angle.deg2rad().cos()[:, None, None]  # (B, 1, 1)
-    sin = angle.deg2rad().sin()[:, None, None]
-    x, y = cos * x - sin * y, sin * x + cos * y  # rotation, corners stay black
+    rad = angle.deg2rad()[:, None, None]  # (B, 1, 1)
+    x, y = rad.cos() * x - rad.sin() * y, rad.sin() * x + rad.cos() * y  # rotation, corners stay black
     inside = inside & (x.abs() <= 1) & (y.abs() <= 1)
     x = torch.where(flip[:, None, None], -x, x)  # flip
     cx, cy, hx, hy = box[:, :, None, None].unbind(1)  # each (B, 1, 1)
@@ -341,8 +340,7 @@ def elastic_shift(noise, alpha, sigma):
     """torchvision's ElasticTransform: noise in [-1, 1] (B, 2, s, s) -> displacements (B, s, s, 2), in the
     view's [-1, 1] coordinates. alpha: their strength, sigma: their smoothness, both in pixels."""
     size = noise.shape[-1]
-    radius = min(size - 1, int(4 * sigma + 0.5))
-    smooth = gaussian_matrix(size, noise.new_full((1,), sigma), radius)
+    smooth = gaussian_matrix(size, noise.new_full((1,), sigma), min(size - 1, int(4 * sigma + 0.5)))
     return (smooth @ noise @ smooth.mT).permute(0, 2, 3, 1) * (alpha / size)  # (B, s, s, 2)
 
 def shift_hue(x, turn):
@@ -450,8 +448,7 @@ def stochastic_depth(x, rate, training):
     if rate == 0 or not training:
         return x
     rank, world = distributed()
-    draws = torch.rand(world, len(x), device=x.device)[rank]  # (N,)
-    kept = (draws >= rate).to(x.dtype)
+    kept = (torch.rand(world, len(x), device=x.device)[rank] >= rate).to(x.dtype)  # (N,)
     return x / (1 - rate) * kept.view(-1, *[1] * (x.dim() - 1))
 
 class Attention(nn.Module):
@@ -638,7 +635,8 @@ class Images(Dataset):
             except UserError as e:
                 if not self.replace:
                     raise
-                print(f"warning: {e}; the next image takes its place", file=sys.stderr)
+                with suppress(OSError):  # a closed terminal does not end a run
+                    print(f"warning: {e}; the next image takes its place", file=sys.stderr)
         raise UserError("a hundred images in a row cannot be read; mend or remove them")
 
     def stream(self, index_lists, device, workers):
@@ -664,10 +662,10 @@ def load_images(data, subset, side):
         pixels, labels = draw_patterns(4096, 0) if subset == "train" else draw_patterns(2000, 1)
         return Images(side, labels, list("0123456789"), pixels=pixels)
     if data in ("cifar10", "cifar100"):
-        kind = getattr(torchvision.datasets, data.upper())
+        dataset = getattr(torchvision.datasets, data.upper())
         try:
             with FileLock(".data.lock"):  # one process of a machine downloads, the others wait
-                cifar = kind(".data", train=subset == "train", download=True)
+                cifar = dataset(".data", train=subset == "train", download=True)
         except (OSError, RuntimeError) as e:
             raise UserError(f"--data {data}: neither in .data nor to be downloaded ({e}); name a folder")
         pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()  # (N, 3, 32, 32)
@@ -682,8 +680,7 @@ def load_images(data, subset, side):
             if name.lower().endswith(IMG_EXTENSIONS) and name not in ("crops.png", "visualize.png"):
                 paths.append(os.path.join(folder, name))
     if not paths:
-        raise UserError(f"--data {data}: no image in {root}; expected patterns, cifar10, cifar100 or a "
-                        f"folder of train/<class>/* and val/<class>/* or images ({' '.join(IMG_EXTENSIONS)})")
+        raise UserError(f"--data {data}: no image in {root}; name a folder, patterns, cifar10 or cifar100")
     paths.sort()
     names = [os.path.relpath(path, root).split(os.sep)[0] for path in paths]  # the folders in root
     classes = sorted(set(names))
@@ -704,6 +701,7 @@ def batches(count, cfg, start, stop):
 # ======== 8. The loop: what changes while training, collapse metrics, checkpoints, log
 LOG_EVERY = 10  # steps between lines of the log: to read a loss is to wait for the device
 SAVE_EVERY = 600  # seconds between checkpoints; each epoch ends with one
+CHUNK = 256  # images that pass the backbone together in an evaluation
 
 def distributed():
     """(rank, world) of this process; (0, 1) without a process group."""
@@ -755,7 +753,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.steps = cfg.epochs * steps_per_epoch
         warmup = min(10 * steps_per_epoch, self.steps // 10)
-        self.lr = cosine_schedule(cfg.lr * cfg.batch / 256, MIN_LR, self.steps, warmup)
+        self.lr = cosine_schedule(cfg.lr * cfg.batch / 256, 1e-6, self.steps, warmup)
         self.weight_decay = cosine_schedule(*cfg.weight_decay, self.steps)
         self.momentum = cosine_schedule(cfg.momentum, 1.0, self.steps)
         several = distributed()[1] > 1
@@ -838,18 +836,20 @@ def write(path, content):
         return True
     except (OSError, RuntimeError) as e:  # torch.save raises the latter
         say(f"warning: {path} cannot be written ({e})")
+        with suppress(OSError):  # its room is for others
+            os.remove(f"{path}.tmp")
         return False
 
 def open_folder(cfg):
     """The folder of a run, with config.json, and the lock that rank 0 holds to the end. Raises UserError."""
     name = f"{Path(cfg.data).resolve().name}-{cfg.method}-{cfg.aug}-{time.strftime('%m%d-%H%M%S')}"
-    out = Path("runs", name) if cfg.out == "auto" else Path(cfg.out)
+    out = Path("runs", name) if cfg.out in ("", "auto") else Path(cfg.out)
     lock = FileLock(out / "lock", timeout=0)
     if distributed()[0] == 0:
         try:
             out.mkdir(parents=True, exist_ok=True)
             lock.acquire()
-            if not cfg.resume and (out / "checkpoint.pt").exists():
+            if not cfg.resume and ((out / "checkpoint.pt").exists() or (out / "backbone.pt").exists()):
                 raise UserError(f"--out {out} holds a run; go on with --resume, or name another folder")
             if not cfg.resume:
                 (out / "config.json").write_text(json.dumps({**vars(cfg), "out": str(out)}, indent=1))
@@ -918,16 +918,15 @@ def stored_side(size):
     return size if size <= 64 else round(size * 10 / 7)
 
 def prepare(cfg):
-    """Checks, then what a run needs: (the `Training`, training images, test images or None, its folder).
-    Raises UserError."""
+    """(The `Training`, training images, test images or None, folder) of a checked run. Raises UserError."""
     data = load_images(cfg.data, "train", stored_side(cfg.global_size))
     if cfg.batch > len(data):
         raise UserError(f"--batch {cfg.batch} is larger than the data of {len(data)} images; lower it")
     val = load_images(cfg.data, "val", data.side)
     if val and val.classes != data.classes:
         raise UserError(f"--data {cfg.data}: the classes in train/ and val/ differ; name train/ alone")
-    if cfg.compile and not any(map(shutil.which, ("cc", "gcc", "clang", "cl", os.environ.get("CC", "cc")))):
-        raise UserError("--compile needs a C compiler; install gcc, or leave it out")
+    if cfg.compile and not any(map(shutil.which, ("g++", "clang++", "cl", os.environ.get("CXX", "c++")))):
+        raise UserError("--compile needs a C++ compiler; install g++, or leave it out")
     device = setup(cfg.batch)
     t = Training(cfg, len(data) // cfg.batch, device)
     out, t.lock = open_folder(cfg)
@@ -1001,13 +1000,13 @@ def train(cfg):
     bar.close()
     for number, handler in usual.items():
         signal.signal(number, handler)
+    if signals:
+        raise SystemExit(128 + signals[0])
     if not saved:
         raise UserError(f"the last checkpoint could not be written; make room, then --out {out} --resume")
     return t, data, val, out
 
 # ======== 9. What was learned: the class by k-NN and the angle by ridge regression, off z, IR and EF
-CHUNK = 256  # images that pass the backbone together
-
 def centre_view(images, aspect, size, flip, angle, shift=None):
     """The test view: bytes (B, 3, S, S) -> (B, 3, size, size) in [0, 1]: the centre square."""
     fraction = 0.875 if size > 64 else 1.0  # 224 of 256 pixels
@@ -1096,7 +1095,7 @@ def parse(argv):
     if given.get("resume"):
         run = load_config(given.get("out", "--out"))
         cfg = dataclasses.replace(run, **given)
-        for name in sorted(given.keys() - {"out", "workers", "resume"}):
+        for name in sorted(given.keys() - {"data", "out", "workers", "resume"}):
             if getattr(cfg, name) != getattr(run, name):
                 raise UserError(f"{flag(name)} {given[name]}: the run has {getattr(run, name)}; leave it out")
     else:
@@ -1127,8 +1126,9 @@ def guarded(name, work):
         code, words = 2, str(e).split("UserError: ")[-1].strip()  # a loader's worker puts more before it
     except Exception:
         code, words = 1, traceback.format_exc()
-    if code == 1 or dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":
-        print(f"{name}: {words}", file=sys.stderr, flush=True)  # before they join, the error is everyone's
+    if code == 1 or dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":  # else all say it
+        with suppress(OSError):
+            print(f"{name}: {words}", file=sys.stderr, flush=True)
     return code
 
 def main(argv):

@@ -24,6 +24,7 @@ from pathlib import Path
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends at once
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # a closed one is None
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -80,8 +81,8 @@ def parse(argv):
         raise UserError("name the folder of a run; or --weights, its --arch such as vit_small, and --data")
     if not all(0 < value < math.inf for value in (p.epochs, p.batch, p.labels, p.ratio, *p.lr)):
         raise UserError("--epochs, --batch, --lr, --labels and --ratio must be greater than 0")
-    if p.labels > 1 or p.ratio > 1 or not 0 <= p.seed < 2 ** 62:
-        raise UserError("--labels and --ratio must be at most 1, --seed at least 0 and below 2 ** 62")
+    if p.labels > 1 or p.ratio > 1 or p.workers > 1024:
+        raise UserError("--labels and --ratio must be at most 1, --workers at most 1024")
     return p
 
 # ======== 2. The backbone, from a run or from a file of others
@@ -446,7 +447,7 @@ def read_results(file):
 
 def add_results(out, section, numbers, p):
     """Add a section to eval.json, named by the options that are not the defaults, so that another stays."""
-    skipped = ("out" if p.out else "run", "workers", section)  # one --out may hold several runs
+    skipped = ("out" if p.out else "run", "workers", "finetune")  # one --out may hold several runs
     words = [f"{name}={getattr(p, name)}" for name in p.changed if name not in skipped]
     known = read_results(out / "eval.json")
     known[" ".join([section, *words])] = {**numbers, "settings": vars(p)}
@@ -461,13 +462,13 @@ def run(p):
     cfg, untrained, trained = open_model(p)
     out = Path(p.out or p.run or Path(p.weights).parent).absolute()
     read_results(out / "eval.json")
-    above = next(folder for folder in (out, *out.parents) if folder.exists())
+    above = next(folder for folder in (out, *out.parents) if os.path.lexists(folder))
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise UserError(f"--out {out} cannot be written; name another folder")
     if p.probing:
         train, val = open_splits(p, cfg)
         if min(p.batch, len(train) // 2) < int(os.environ.get("WORLD_SIZE", 1)):
-            raise UserError(f"{len(train)} training images or --batch {p.batch} are too few for the processes")
+            raise UserError(f"{len(train)} training images or --batch {p.batch} are too few for all processes")
     device = clever.setup(batch=0)
     model = Representation(trained, cfg, p, device)
     if p.probing:

@@ -8,6 +8,7 @@ import math
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -708,7 +709,7 @@ WRONG = """--ratio 1.5; --ratio nan; --ratio 0.001 > nothing to IR; --ratio 1 > 
 --lambda-reg nan; --teacher-temp 0; --momentum 1.1; --drop-path 1; --global-size 30 > patch; --local-size 12
 > patch; --out-dim 0; --local-scale 0 0.5; --weight-decay nan 0.4; --seed 99999999999999999999; --data
 W/nowhere > no image; --data cifar1 > cifar10; --data W/empty > no image; --out BASE > holds a run;
---out W/file > cannot be written; --compile > C compiler; --resume > no folder of a run;
+--out W/file > cannot be written; --compile > C++ compiler; --resume > no folder of a run;
 --resume --out BASE --ratio 0.5 > --ratio 0.5: the run has 0.8;
 --resume --out BASE --batch 4 > --batch 4: the run has 8"""
 
@@ -785,6 +786,7 @@ def test_folders_of_images(labelled, tmp_path, capsys):
     ("train_step", "n == 4 and signal.raise_signal(2)", 130, "stopped at step 5;"),
     ("train_step", "n == 4 and [signal.raise_signal(15) for _ in range(2)]", 143, "stopped at step 5;"),
     ("train_step", "n == 4 and [signal.raise_signal(2), signal.raise_signal(2)]", -2, ""),
+    ("os.replace", "n == 9 and signal.raise_signal(15)", 143, ""),  # as the last checkpoint is written
     ("os.fsync", "if n == 3: raise OSError(28, 'No space left')", 0, "checkpoint.pt cannot be written"),
     ("os.fsync", "if n >= 5: raise OSError(28, 'No space left')", 2, "last checkpoint could not be written"),
     ("train_step", "n == 4 and args[0].student.heads[1].prototypes.weight.data.fill_(math.nan)", 2,
@@ -887,6 +889,17 @@ def test_a_log_and_a_terminal_that_cannot_be_written(data, tmp_path, end):
     (tmp_path / "größe" / "log.jsonl").symlink_to("/dev/full")
     argv = flags(tmp_path / "größe", data=data, epochs=1)
     assert finish(start(argv, tmp_path / "said", f"sys.stdout = {end}")) == [0]
+
+# claim 22: neither does a stderr that is full or closed, with a broken image to name; errors still end a run.
+@pytest.mark.parametrize("end", ["2>/dev/full", "2>&-"])
+def test_a_stderr_that_cannot_be_written(data, tmp_path, end):
+    photos = shutil.copytree(data, tmp_path / "photos")
+    (photos / "broken.jpg").write_text("no image")
+    words = flags(tmp_path / "run", data=photos, epochs=1, workers=1)
+    for more, code in ((), 0), (("--resume", "--batch", "4"), 2):
+        argv = [sys.executable, str(HERE / "clever.py"), *words, *more]
+        command = " ".join(map(shlex.quote, argv)) + f" {end}"
+        assert subprocess.run(command, shell=True, stdout=subprocess.DEVNULL, timeout=300).returncode == code
 
 # claim 26: memory and open files do not grow while a run goes on.
 def test_memory_and_open_files_do_not_grow(data, tmp_path, monkeypatch):
@@ -1175,7 +1188,7 @@ RUN --finetune --parts all > --parts would be ignored; RUN --finetune --quick > 
 RUN --finetune --lr 1 > --lr would be ignored; RUN --davis ODD --epochs 100 > --epochs would be ignored;
 RUN --data ODD > classes; RUN --out RUN/config.json > cannot be written; DINO --parts EF > no split;
 DINO --parts all EF > no split; RUN --davis ODD > layout of DAVIS; NET --visualize x > ViT;
-RUN --visualize HOLE/val/a/00.jpg > cannot be read; RUN --seed -1 > at least 0;
+RUN --visualize HOLE/val/a/00.jpg > cannot be read; RUN --workers 2000 > at most 1024;
 --weights A.pt --arch vit_tiny --data patterns --finetune --ratio 0.8 > --ratio would be ignored;
 BARE > backbone.pt; OLD --out OLD > eval.json;
 RUN --data HOLE --out RUN --workers 0 > val/a/00.jpg cannot be read"""
@@ -1283,7 +1296,7 @@ def test_davis_follows_an_object(tmp_path):
         TF.to_pil_image(200 * mask).save(tmp_path / f"JPEGImages/480p/toy/{t:05}.jpg")
         TF.to_pil_image(mask).save(tmp_path / f"Annotations/480p/toy/{t:05}.png")
     assert evaluate(untrained(tmp_path / "run"), "--davis", tmp_path) == 0
-    saved = sections(tmp_path / "run")["davis"]
+    saved = sections(tmp_path / "run")[f"davis davis={tmp_path}"]
     assert saved["J mean"] > 0.7 and len(saved["videos"]["toy"]) == 1
 
 # claim 32: --visualize draws an image, components of its parts and attention of its heads, at four turns.
