@@ -43,11 +43,21 @@ import os, sys
 data, subset = (os.path.realpath(path) for path in sys.argv[1:])
 sys.exit((subset + os.sep).startswith(data + os.sep))
 INSIDE
-# shellcheck disable=SC2086
-PYTHONPATH=$HERE "$PYTHON" - RUN $EVAL_OPTIONS <<'INSIDE' || exit 2
-import sys, eval_linear
-sys.exit(eval_linear.clever.guarded("EVAL_OPTIONS", lambda: eval_linear.parse(sys.argv[1:])))
+[[ $GPUS =~ ^([1-9][0-9]*|gpu)$ ]] || fail "GPUS=$GPUS is neither a number of processes nor gpu"
+[[ " $TRAIN_OPTIONS " != *" --"@(out|data|resume)@(=| )* ]] || fail "set DATA and OUT; the same command resumes by itself"
+# shellcheck disable=SC2206
+train=(--data "$SUBSET" --method "$METHOD" --arch "$ARCH" --aug "$AUG"
+       --epochs "$EPOCHS" --batch "$BATCH" --seed "$SEED" $TRAIN_OPTIONS)
+check() {  # the options of a script, before hours of training
+    PYTHONPATH=$HERE "$PYTHON" - "$@" <<'INSIDE' || exit 2
+import importlib, sys, clever
+parse = importlib.import_module(sys.argv[1]).parse
+sys.exit(clever.guarded(sys.argv[1], lambda: parse(sys.argv[2:])))
 INSIDE
+}
+check clever "${train[@]}"
+# shellcheck disable=SC2086
+check eval_linear RUN $EVAL_OPTIONS
 if [ "$GPUS" = gpu ]; then
     "$PYTHON" -c "import sys, torch; sys.exit(not torch.cuda.is_available())" ||
         fail "no GPU that torch can use; set GPUS=1 for a process on the CPU"
@@ -55,6 +65,7 @@ fi
 
 for c in $CLASSES; do
     for split in train val; do
+        [ -L "$SUBSET/$split/$c" ] || [ ! -e "$SUBSET/$split/$c" ] || fail "SUBSET=$SUBSET holds folders, not links; name another"
         mkdir -p "$SUBSET/$split" && ln -sfn "$(cd "$DATA/$split/$c" && pwd)" "$SUBSET/$split/$c"
     done
 done
@@ -65,8 +76,6 @@ run() {
 }
 RESUME=
 [ ! -e "$OUT/checkpoint.pt" ] || RESUME=--resume
-# shellcheck disable=SC2086
-run clever.py --data "$SUBSET" --out "$OUT" --method "$METHOD" --arch "$ARCH" --aug "$AUG" \
-    --epochs "$EPOCHS" --batch "$BATCH" --seed "$SEED" $RESUME $TRAIN_OPTIONS
+run clever.py --out "$OUT" "${train[@]}" $RESUME
 # shellcheck disable=SC2086
 run eval_linear.py "$OUT" $EVAL_OPTIONS

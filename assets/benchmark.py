@@ -106,6 +106,8 @@ def memory(arch, batch):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) > 1 and not Path(sys.argv[1]).is_dir():
+        sys.exit(__doc__)
     for theirs, ours in (("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")):
         step(theirs, ours)
     for arch, batch in (("vit_tiny", 8), ("vit_small", 8), ("vmamba_tiny", 2)):

@@ -33,10 +33,10 @@ def checking_parse(argv):
     return cfg
 
 
-def remembering_warp(images, size, box, flip, angle, shift=None):
+def remembering_warp(images, size, box, flip, angle, *more, **others):
     """`clever.warp`, which keeps the angles. Rotation comes after the flip: their sense does not change."""
     angles.append(angle)
-    return warp(images, size, box, flip, angle, shift)
+    return warp(images, size, box, flip, angle, *more, **others)
 
 
 class MultiCrop(clever.MultiCrop):
@@ -71,4 +71,7 @@ if __name__ == "__main__":
     clever.warp = remembering_warp
     clever.MultiCrop = MultiCrop
     clever.clever_loss = turn_loss
-    os._exit(clever.main(["--ef-out-dim", "64", *sys.argv[1:]]))
+    words = sys.argv[1:]
+    if "--resume" not in words:
+        words = ["--ef-out-dim", "64", *words]
+    os._exit(clever.main(words))
