@@ -708,7 +708,7 @@ WRONG = """--ratio 1.5; --ratio nan; --ratio 0.001 > nothing to IR; --ratio 1 > 
 --locl-views 3; --epochs ten; --epochs 0; --batch 0; --batch 25 > larger than the data; --lr inf;
 --lambda-reg nan; --teacher-temp 0; --momentum 1.1; --drop-path 1; --global-size 30 > patch; --local-size 12
 > patch; --out-dim 0; --local-scale 0 0.5; --weight-decay nan 0.4; --seed 99999999999999999999; --data
-W/nowhere > no image; --data cifar1 > cifar10; --data W/empty > no image; --out BASE > holds a run;
+W/nowhere > no image; --data cifar1 > cifar10; --data W/empty > no image; --out BASE > holds a run; --out W/bare > holds a run;
 --out W/file > cannot be written; --compile > C++ compiler; --resume > no folder of a run;
 --resume --out BASE --ratio 0.5 > --ratio 0.5: the run has 0.8;
 --resume --out BASE --batch 4 > --batch 4: the run has 8"""
@@ -718,7 +718,9 @@ def test_wrong_options_are_one_sentence_and_create_nothing(base, data, tmp_path,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shutil, "which", lambda name: None)  # there is no compiler
     (tmp_path / "empty").mkdir()
-    (tmp_path / "file").touch()
+    (tmp_path / "bare").mkdir()  # a run without its checkpoint
+    for name in ("file", "bare/lock", "bare/backbone.pt"):
+        (tmp_path / name).touch()
     before = files_of(tmp_path, base, data)
     for line in WRONG.replace("\n", " ").split("; "):
         words, _, said = line.partition(" > ")
@@ -841,6 +843,12 @@ def test_a_second_process_in_the_same_folder_is_refused(base, tmp_path, capsys):
     assert finish(p) == [2] and "another process" in (tmp_path / "said").read_text()
     lock.release()
     assert resume(run) == 0
+
+# claim 18: a run goes on with data that moved.
+def test_a_run_resumes_with_data_that_moved(base, data, tmp_path):
+    run = shutil.copytree(base, tmp_path / "run")
+    moved = shutil.copytree(data, tmp_path / "moved")
+    assert clever.main(["--out", str(run), "--resume", "--data", str(moved)]) == 0
 
 class Payload:
     """Something that runs code when a pickle loader reads it."""
