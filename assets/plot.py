@@ -73,6 +73,6 @@ def main(paths, picture):
 if __name__ == "__main__":
     words = sys.argv[1:]
     logs = [word for word in words if not word.endswith(".png")]
-    if not logs:
+    if not logs or not all(Path(log).is_file() for log in logs):
         sys.exit(__doc__)
     main(logs, ([word for word in words if word.endswith(".png")] or ["curves.png"])[0])
