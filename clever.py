@@ -140,7 +140,7 @@ def orthogonality_loss(student, teacher, centre, student_temp=STUDENT_TEMP, teac
     return mean_over_pairs(cosine.abs())
 
 def projector_regularization(head_ir, head_ef):
-    """L_PReg, the difference of the heads' sums of squared parameters: neither head wins by growing."""
+    """L_PReg, the difference of the heads' sums of squared norms of parameters: neither wins by growing."""
     ir = sum(p.norm().square() for p in head_ir.parameters())
     ef = sum(p.norm().square() for p in head_ef.parameters())
     return (ir - ef).abs()
@@ -799,7 +799,7 @@ def collapse_alarm(part, m, K):
         return f"COLLAPSE of {part}: all images have nearly the same features. Try: lower --lr."
     return ""
 
-def look(t):
+def epoch_metrics(t):
     """At an epoch's end: the `collapse_metrics`, {"IR_entropy": ...}; says a part's first alarm."""
     z, teacher, student = t.last
     t.last = None
@@ -984,7 +984,7 @@ def train(cfg):
             say(f"{told}  {terms}  {line['images_per_second']:.0f} images/s")
             told_time = time.monotonic()
         if epoch_ends:
-            line.update(look(t))
+            line.update(epoch_metrics(t))
             sums = {}
             first = t.step
             began = time.monotonic()
@@ -1126,9 +1126,9 @@ def guarded(name, work):
         code, words = 2, str(e).split("UserError: ")[-1].strip()  # a loader's worker puts more before it
     except Exception:
         code, words = 1, traceback.format_exc()
-    if code == 1 or dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":  # else all say it
+    if code == 1 or dist.is_initialized() or os.environ.get("LOCAL_RANK", "0") == "0":
         with suppress(OSError):
-            print(f"{name}: {words}", file=sys.stderr, flush=True)
+            print(f"{name}: {words}", file=sys.stderr, flush=True)  # before they join, one for all
     return code
 
 def main(argv):

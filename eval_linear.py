@@ -229,7 +229,7 @@ def extract(model, data, kind):
     stream = data.stream(chunks, model.device, model.cfg.workers)
     bar = tqdm(stream, kind, len(chunks), leave=False, disable=None if rank == 0 else True)
     for rows, (images, aspect) in zip(chunks, bar):
-        gen = generator("cpu", "test views", rows[0] // CHUNK)  # by the number of the chunk
+        gen = generator("cpu", "test views", rows[0] // CHUNK)
         features[rows] = model(make_view(images, aspect, model.cfg.global_size, gen, **KINDS[kind]))
     if world > 1:
         dist.all_reduce(features)  # the rows of other processes are zero here
@@ -277,7 +277,8 @@ def train_probes(p, model, data, bank):
         else:
             images, aspect = next(stream)
             gen = generator("cpu", p.seed, "probe", step)
-            z = model(make_view(images, aspect, model.cfg.global_size, gen, rank, world, crop=True, flip=True))
+            size = model.cfg.global_size
+            z = model(make_view(images, aspect, size, gen, rank, world, crop=True, flip=True))
         optimizer.zero_grad()
         losses = [rate * F.cross_entropy(head(z[:, model.linear_columns[part]]), labels[some])
                   for (part, rate), head in heads.items()]  # SGD is linear: rate is its learning rate
@@ -291,15 +292,14 @@ def train_probes(p, model, data, bank):
             mean = sum(losses) / sum(rate for _, rate in heads)
             say(f"epoch {(step + 1) // steps_per_epoch}/{p.epochs}  loss {mean:.4f}")
     model.requires_grad_(False)
-
-    def quality(part, rate):
-        scores = heads[part, rate](bank[held][:, model.linear_columns[part]])
-        hits = int((scores.argmax(1) == labels[held]).sum())
-        return hits, -F.cross_entropy(scores, labels[held]).item()
-
     best = {}
-    for part in model.linear_columns:
-        rate = max(p.lr, key=lambda rate: quality(part, rate))
+    for part, dims in model.linear_columns.items():
+        quality = {}  # of each learning rate
+        for rate in p.lr:
+            scores = heads[part, rate](bank[held][:, dims])
+            hits = int((scores.argmax(1) == labels[held]).sum())
+            quality[rate] = hits, -F.cross_entropy(scores, labels[held]).item()
+        rate = max(p.lr, key=quality.get)
         best[part] = rate, heads[part, rate]
     return best
 
@@ -467,8 +467,9 @@ def run(p):
         raise UserError(f"--out {out} cannot be written; name another folder")
     if p.probing:
         train, val = open_splits(p, cfg)
-        if min(p.batch, len(train) // 2) < int(os.environ.get("WORLD_SIZE", 1)):
-            raise UserError(f"{len(train)} training images or --batch {p.batch} are too few for all processes")
+        fewest = min(p.batch, len(train) // 2)  # a part of the images is held out
+        if fewest < int(os.environ.get("WORLD_SIZE", 1)):
+            raise UserError(f"{len(train)} images or --batch {p.batch} are too few for so many processes")
     device = clever.setup(batch=0)
     model = Representation(trained, cfg, p, device)
     if p.probing:

@@ -265,18 +265,23 @@ def happens(event, p):
     """The share of true values is p, but for chance (4 standard deviations)."""
     assert abs(event.double().mean() - p) <= 4 * math.sqrt(p * (1 - p) / len(event))
 
+def spy(monkeypatch, *names):
+    """A dict of the arguments and results, by name, of these functions of clever.py, once they are called."""
+    seen = {}
+
+    def note(*args, name, real):
+        seen.update(inspect.signature(real).bind(*args).arguments)
+        seen[name] = real(*args)
+        return seen[name]
+    for name in names:
+        monkeypatch.setattr(clever, name, partial(note, name=name, real=getattr(clever, name)))
+    return seen
+
 # claim 11: each random parameter of a view has the recipe's distribution and is a function of the generator.
 @pytest.mark.parametrize("view, aug", [(0, "baug"), (1, "caug"), (2, "caug+"), (9, "caug")])
 def test_distribution_of_every_random_parameter(monkeypatch, view, aug):
     images = torch.tensor([0.9, 0.7, 0.6]).view(1, 3, 1, 1).expand(10_000, 3, 1, 1)
-    p = {}  # by name the arguments and results of what makes a view
-
-    def note(*args, name, real):
-        p.update(inspect.signature(real).bind(*args).arguments)
-        p[name] = real(*args)
-        return p[name]
-    for name in ("crop_box", "warp", "color_jitter", "gaussian_matrix"):  # the last: elastic, then blur
-        monkeypatch.setattr(clever, name, partial(note, name=name, real=getattr(clever, name)))
+    p = spy(monkeypatch, "crop_box", "warp", "color_jitter", "gaussian_matrix")  # last: blur
     crop = clever.MultiCrop(tiny(aug=aug, global_size=8, local_size=8))
     views = crop.make_view(images, torch.ones(10_000), view, clever.generator("cpu", 0), (0, 1, 2, 3))
     uniform(p["area"], *((0.4, 1.0) if view < 2 else (0.05, 0.4)))
@@ -421,6 +426,14 @@ def finish(*processes):
         p.join(120)
     return [p.exitcode for p in processes]
 
+def results_of(work, world, folder):
+    """What each of `world` real processes leaves in <folder>/<world>-<rank>.pt."""
+    ranks = [CHILDREN.Process(target=work, args=(rank, world, folder)) for rank in range(world)]
+    for p in ranks:
+        p.start()
+    assert finish(*ranks) == [0] * world
+    return [torch.load(folder / f"{world}-{rank}.pt") for rank in range(world)]
+
 def four_steps(rank, world, folder):
     """An epoch of four steps on 255 images as one of `world` processes; what came out, into a file."""
     torch.set_num_threads(1)
@@ -437,18 +450,14 @@ def four_steps(rank, world, folder):
         block.attn.qkv.bias.data[96:192] = 0  # the keys' have no gradient but rounding
     terms = {name: clever.mean_over_processes(term) for name, term in terms.items()}
     nets = t.student.state_dict(), t.teacher.state_dict()
-    torch.save([terms, clever.look(t), *nets], f"{folder}/{world}-{rank}.pt")
+    torch.save([terms, clever.epoch_metrics(t), *nets], f"{folder}/{world}-{rank}.pt")
 
 # claim 12: losses, weights and metrics do not depend on the number of processes; all hold one teacher.
 def test_two_and_three_processes_equal_one(tmp_path):
     four_steps(0, 1, tmp_path)
     one = torch.load(tmp_path / "1-0.pt")
     for world in (2, 3):
-        ranks = [CHILDREN.Process(target=four_steps, args=(rank, world, tmp_path)) for rank in range(world)]
-        for p in ranks:
-            p.start()
-        assert finish(*ranks) == [0] * world
-        results = [torch.load(tmp_path / f"{world}-{rank}.pt") for rank in range(world)]
+        results = results_of(four_steps, world, tmp_path)
         close(results[0], one, 1e-5)
         close(results, results[:1] * world, 0)
 
@@ -708,7 +717,8 @@ WRONG = """--ratio 1.5; --ratio nan; --ratio 0.001 > nothing to IR; --ratio 1 > 
 --locl-views 3; --epochs ten; --epochs 0; --batch 0; --batch 25 > larger than the data; --lr inf;
 --lambda-reg nan; --teacher-temp 0; --momentum 1.1; --drop-path 1; --global-size 30 > patch; --local-size 12
 > patch; --out-dim 0; --local-scale 0 0.5; --weight-decay nan 0.4; --seed 99999999999999999999; --data
-W/nowhere > no image; --data cifar1 > cifar10; --data W/empty > no image; --out BASE > holds a run; --out W/bare > holds a run;
+W/nowhere > no image; --data cifar1 > cifar10; --data W/empty > no image; --out BASE > holds a run;
+--out W/bare > holds a run;
 --out W/file > cannot be written; --compile > C++ compiler; --resume > no folder of a run;
 --resume --out BASE --ratio 0.5 > --ratio 0.5: the run has 0.8;
 --resume --out BASE --batch 4 > --batch 4: the run has 8"""
@@ -813,20 +823,19 @@ def test_a_run_with_a_fault_resumes_to_the_same_bits(base, data, tmp_path, where
     ("signal.raise_signal(15)", 143, "stopped at step 3;"), ("os.kill(os.getpid(), 9)", -9, ""),
     ("raise ValueError('a fault of mine')", 1, "ValueError: a fault of mine")])
 def test_one_of_two_processes_is_stopped_or_dies(data, tmp_path, fault, code, said):
-    patch = before("look", f"if clever.distributed()[0] == 1: {fault}")
+    patch = before("epoch_metrics", f"if clever.distributed()[0] == 1: {fault}")
     argv = flags(tmp_path / "run", data=data, epochs=1000)
     codes = finish(*(start(argv, tmp_path / "said", patch, **env) for env in two_processes()))
     assert codes[1] == code and codes[0] not in (None, 0) and said in (tmp_path / "said").read_text()
     assert checkpoint(tmp_path / "run")["step"] == (3 if code == 143 else 0)
 
 # claim 23: nodes that find different images are refused, as are those that find different checkpoints.
-@pytest.mark.parametrize("fault", ["args[1].labels = args[1].labels[:20]", "args[0].step = 3"])
+@pytest.mark.parametrize("fault", ["data.labels = data.labels[:20]", "t.step = 3"])
 def test_nodes_that_found_different_things_are_refused(base, tmp_path, fault):
     run = shutil.copytree(base, tmp_path / "run")
     patch = f"""
 def faulty(t, data, out, real=clever.restore):
     real(t, data, out)
-    args = t, data
     if clever.distributed()[0] == 1:
         {fault}
 clever.restore = faulty
@@ -912,12 +921,12 @@ def test_a_stderr_that_cannot_be_written(data, tmp_path, end):
 # claim 26: memory and open files do not grow while a run goes on.
 def test_memory_and_open_files_do_not_grow(data, tmp_path, monkeypatch):
     seen = []
-    real = clever.look
+    real = clever.epoch_metrics
 
     def watch(t):
         seen.append((int(Path("/proc/self/statm").read_text().split()[1]), len(os.listdir("/proc/self/fd"))))
         return real(t)
-    monkeypatch.setattr(clever, "look", watch)
+    monkeypatch.setattr(clever, "epoch_metrics", watch)
     assert clever.main(flags(tmp_path / "run", data=data, batch=4, epochs=10, local_views=0)) == 0
     (pages, files), (pages_end, files_end) = seen[1], seen[-1]
     assert (pages_end - pages) * os.sysconf("SC_PAGE_SIZE") < 3e6 and files_end <= files
@@ -1090,13 +1099,7 @@ def test_what_the_probes_see():
 # claim 30: each perturbation of the test images is what its name says.
 @pytest.mark.parametrize("kind", eval_linear.TABLE)
 def test_perturbations_are_what_their_names_say(monkeypatch, kind):
-    p = {}  # the arguments of what makes a view
-
-    def note(*args, real):
-        p.update(inspect.signature(real).bind(*args).arguments)
-        return real(*args)
-    for name in ("warp", "color_jitter", "elastic_shift"):
-        monkeypatch.setattr(clever, name, partial(note, real=getattr(clever, name)))
+    p = spy(monkeypatch, "warp", "color_jitter", "elastic_shift")
     images = torch.zeros(4000, 3, 8, 8, dtype=torch.uint8)
     eval_linear.make_view(images, torch.ones(4000), 8, clever.generator("cpu", 0), **eval_linear.KINDS[kind])
     happens(p["flip"], 0.5 * ("flip" in kind))
@@ -1131,12 +1134,8 @@ def probes_of(rank, world, folder):
 # claim 28: features and linear probes do not depend on the number of processes.
 def test_probes_of_two_processes_equal_those_of_one(tmp_path):
     probes_of(0, 1, tmp_path)
-    ranks = [CHILDREN.Process(target=probes_of, args=(rank, 2, tmp_path)) for rank in range(2)]
-    for p in ranks:
-        p.start()
-    assert finish(*ranks) == [0, 0]
-    for rank in range(2):
-        close(torch.load(tmp_path / f"2-{rank}.pt"), torch.load(tmp_path / "1-0.pt"), 1e-5)
+    for result in results_of(probes_of, 2, tmp_path):
+        close(result, torch.load(tmp_path / "1-0.pt"), 1e-5)
 
 # claim 28: --labels draws equally many images of each class, the same for a seed.
 def test_a_draw_of_labels_is_fixed_and_balanced():

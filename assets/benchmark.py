@@ -43,7 +43,8 @@ def step(theirs, ours):
     published = Published(t)
     published.cfg = clever.Config(batch=8, precision=theirs)
     views = random_views(8)
-    in_turns(f"step, batch 8, K = 65,536, {torch.get_num_threads()} threads, published in {theirs}, ours in {ours}",
+    threads = torch.get_num_threads()
+    in_turns(f"step, batch 8, K = 65,536, {threads} threads, published in {theirs}, ours in {ours}",
              lambda i: published.step(views, 1 + i), lambda i: clever.train_step(t, views, 1 + i))
 
 
@@ -102,7 +103,8 @@ def memory(arch, batch):
         clever.train_step(t, views, 0)  # makes the optimiser's state
         used.append(peak_memory(lambda: clever.train_step(t, views, 2)))
     image = (used[1] - used[0]) / batch
-    print(f"a step of {arch}, bf16, K = 65,536: {1024 * image:.0f} MiB an image, {512 * image:.0f} GiB at 512")
+    print(f"a step of {arch}, bf16, K = 65,536: {1024 * image:.0f} MiB an image, "
+          f"{512 * image:.0f} GiB at 512")
 
 
 if __name__ == "__main__":
