@@ -70,7 +70,10 @@ def split(z, ratio):
 
 
 class ProjectionHead(nn.Module):
-    """DINO's head h: features (..., in_dim) -> logits (..., K), their cosines with K prototypes."""
+    """DINO's head h: features (..., in_dim) -> logits (..., K), their cosines with K prototypes.
+
+    Under autocast the cosines are rounded to bf16: after the division by 0.04, by up to 0.05.
+    """
 
     def __init__(self, in_dim, out_dim=65536, hidden_dim=2048, bottleneck_dim=256):
         super().__init__()
@@ -86,7 +89,8 @@ class ProjectionHead(nn.Module):
 
     def forward(self, x):
         x = F.normalize(self.mlp(x), dim=-1)
-        return self.prototypes(x) / self.prototypes.weight.norm(dim=-1)
+        w = F.normalize(self.prototypes.weight, dim=-1)  # (K, bottleneck_dim)
+        return F.linear(x, w).to(w.dtype)
 
 
 Output = collections.namedtuple("Output", "z logits")
@@ -597,8 +601,9 @@ def stochastic_depth(x, rate, training):
     if rate == 0 or not training:
         return x
     rank, world = distributed()
-    kept = (torch.rand(world, len(x), device=x.device)[rank] >= rate).to(x.dtype)  # (N,)
-    return x / (1 - rate) * kept.view(-1, *[1] * (x.dim() - 1))
+    kept = torch.rand(world, len(x), device=x.device)[rank] >= rate  # (N,)
+    scale = (kept / (1 - rate)).to(x.dtype)
+    return x * scale.view(-1, *[1] * (x.dim() - 1))
 
 
 class Attention(nn.Module):
