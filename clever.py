@@ -900,9 +900,12 @@ class Images(Dataset):
         )
         try:
             end_if_hanging()
-            for pixels, aspect, i in loader:
+            for batch in loader:
                 faulthandler.cancel_dump_traceback_later()
-                yield pixels.to(device, non_blocking=True), aspect.to(device, non_blocking=True), i
+                if batch:
+                    pixels, aspect, i = batch
+                    pixels = pixels.to(device, non_blocking=True)
+                    yield pixels, aspect.to(device, non_blocking=True), i
                 end_if_hanging()
         finally:
             faulthandler.cancel_dump_traceback_later()
@@ -914,9 +917,12 @@ def end_if_hanging():
 
 
 def collate(items):
-    """A batch of the images that could be read."""
-    pixels, aspect, index = default_collate([item for item in items if item is not None])
-    return pixels, aspect.float(), index
+    """A batch of the images that could be read; None if there are none."""
+    items = [item for item in items if item is not None]
+    if not items:
+        return None
+    pixels, aspect, i = default_collate(items)
+    return pixels, aspect.float(), i
 
 
 def ignore_signals(_):
@@ -1320,9 +1326,9 @@ def start(cfg, data, device):
         epochs = max(20, math.ceil(2 * FEW_STEPS / steps_per_epoch))
         cfg = dataclasses.replace(cfg, epochs=epochs)
 
-    out = open_folder(cfg)
     kind = import_class(cfg.training) if cfg.training else Training
     run = kind(cfg, steps_per_epoch, device)
+    out = open_folder(cfg)
     restore(run, data, out)
 
     million = sum(p.numel() for p in run.student.backbone.parameters()) / 1e6

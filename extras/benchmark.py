@@ -1,13 +1,16 @@
-"""Time and memory of a training step, and time of a loader, beside the published arithmetic.
+"""Time and memory of a training step and of the loader, compared with the published way.
 
-    python assets/benchmark.py              a step and its memory, on all cores; about two minutes
-    python assets/benchmark.py PHOTOS       also a loader, on one core; a folder of photographs
+    python extras/benchmark.py              a step and its memory, on all cores; about two minutes
+    python extras/benchmark.py PHOTOS       also the loader, on one core; a folder of photographs
 
-The published step is the one that the tests compare with, to rounding: losses pair by pair, loops over the
-parameters. What is compared is called in turns, after one call that warms up; medians.
+The published step is extras/published.py. What is compared runs in turns, after one call that warms
+up; every time is printed.
 """
+
 import itertools
+import os
 import random
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -18,71 +21,85 @@ from torchvision import transforms as T
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import clever  # noqa: E402
-from test_clever import Published  # noqa: E402
+from extras.published import Published  # noqa: E402
+
+os.environ["KINETO_LOG_LEVEL"] = "6"  # else the profiler reports a missing GPU as an error
+ROUNDS = 5
 
 
-def in_turns(what, published, ours, rounds=5):
-    """Print the median seconds of two functions of the round's number, called in turns."""
-    times = {published: [], ours: []}
-    for i in range(rounds + 1):
-        for call in times:
-            began = time.perf_counter()
-            call(i)
-            times[call].append(time.perf_counter() - began)
-    theirs, mine = (sorted(took[1:])[rounds // 2] for took in times.values())
-    print(f"{what}: published {theirs:.2f} s, ours {mine:.2f} s: {theirs / mine:.2f} x")
+def timed(call, i):
+    """The seconds that call(i) takes."""
+    start = time.perf_counter()
+    call(i)
+    return time.perf_counter() - start
+
+
+def in_turns(title, published, ours):
+    """Print the seconds of two functions of the round's number, called in turns."""
+    rounds = [(timed(published, i), timed(ours, i)) for i in range(1 + ROUNDS)][1:]
+    print(title)
+    for name, seconds in zip(("published", "here"), zip(*rounds)):
+        print(f"  {name:9}", *[f"{value:6.2f}" for value in seconds], "s")
+    ratios = [theirs / here for theirs, here in rounds]
+    print("  ratio    ", *[f"{ratio:6.2f}" for ratio in ratios], end="  ")
+    print(f"median {statistics.median(ratios):.2f}, {min(ratios):.2f} to {max(ratios):.2f}\n")
 
 
 def random_views(batch):
     return [torch.randn(batch, 3, side, side) for side in [224] * 2 + [96] * 8]
 
 
-def step(theirs, ours):
-    """A step of the paper's recipe, without its views, in two precisions."""
-    t = clever.Training(clever.Config(batch=8, drop_path=0.0, precision=ours), 1)
-    published = Published(t)
-    published.cfg = clever.Config(batch=8, precision=theirs)
+def new_run(**options):
+    return clever.Training(clever.Config(batch=8, drop_path=0.0, **options), steps_per_epoch=1)
+
+
+def step(theirs, here):
+    """Compare a step of the paper's recipe, without making its views, in two precisions."""
+    run = new_run(precision=here)
+    published = Published(new_run(precision=theirs))
     views = random_views(8)
-    threads = torch.get_num_threads()
-    in_turns(f"step, batch 8, K = 65,536, {threads} threads, published in {theirs}, ours in {ours}",
-             lambda i: published.step(views, 1 + i), lambda i: clever.train_step(t, views, 1 + i))
+    in_turns(
+        f"step of vit_tiny, batch 8, published in {theirs}, here in {here}, "
+        f"{torch.get_num_threads()} threads",
+        lambda i: published.step(views, 1 + i),
+        lambda i: clever.train_step(run, views, 1 + i),
+    )
 
 
-def published_views(aug):
-    """The transforms of the ten views of an image; each geometric operation resamples."""
+def published_transform(aug, view):
+    """The published transform of a view; each geometric operation resamples the image."""
+    size, scale = (224, (0.4, 1.0)) if view < 2 else (96, (0.05, 0.4))
     blur = T.Lambda(lambda x: x.filter(ImageFilter.GaussianBlur(random.uniform(0.1, 2.0))))
-    views = []
-    for view in range(10):
-        size, scale = (224, (0.4, 1.0)) if view < 2 else (96, (0.05, 0.4))
-        views.append(T.Compose([
-            T.RandomResizedCrop(size, scale, interpolation=T.InterpolationMode.BICUBIC),
-            T.RandomHorizontalFlip(),
-            T.RandomRotation(90),
-            T.RandomApply([T.ElasticTransform(100.0)], 0.5 * (aug == "caug+")),
-            T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
-            T.RandomGrayscale(0.2),
-            T.RandomApply([blur], (1.0, 0.1, 0.5)[min(view, 2)]),
-            T.RandomSolarize(128, 0.2 * (view == 1)),
-            T.ToTensor(),
-            T.Normalize(clever.MEAN, clever.STD)]))
-    return views
+    operations = [
+        T.RandomResizedCrop(size, scale, interpolation=T.InterpolationMode.BICUBIC),
+        T.RandomHorizontalFlip(),
+        T.RandomRotation(90),
+        T.RandomApply([T.ElasticTransform(100.0)], 0.5 if aug == "caug+" else 0.0),
+        T.RandomApply([T.ColorJitter(0.4, 0.4, 0.2, 0.1)], 0.8),
+        T.RandomGrayscale(0.2),
+        T.RandomApply([blur], clever.BLUR_PROBABILITY[min(view, 2)]),
+        T.RandomSolarize(128, 0.2 if view == 1 else 0.0),
+        T.ToTensor(),
+        T.Normalize(clever.MEAN, clever.STD),
+    ]
+    return T.Compose(operations)
 
 
 def loader(aug, photos):
-    """A worker of the loader, which decodes images, against one that makes the published views."""
-    views = published_views(aug)
+    """Compare what a worker of the loader does: decode images, or also make the ten views."""
+    transforms = [published_transform(aug, view) for view in range(10)]
 
     def published(_):
         for photo in photos:
             image = Image.open(photo).convert("RGB")
-            for view in views:
-                view(image)
+            for transform in transforms:
+                transform(image)
 
     def ours(_):
         for photo in photos:
             clever.decode(photo, clever.stored_side(224))
 
-    in_turns(f"loader, {aug}, {len(photos)} images, 1 core", published, ours)
+    in_turns(f"loader, {aug}, {len(photos)} photographs, one core", published, ours)
 
 
 def peak_memory(call):
@@ -90,31 +107,29 @@ def peak_memory(call):
     with torch.profiler.profile(profile_memory=True) as profile:
         call()
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    events.sort(key=lambda e: e.start_ns())
-    return max(itertools.accumulate(e.nbytes() for e in events)) / 2 ** 30
+    events.sort(key=lambda event: event.start_ns())
+    return max(itertools.accumulate(event.nbytes() for event in events)) / 2**30
 
 
 def memory(arch, batch):
-    """What each image of a batch adds to the memory of a step in bf16."""
-    used = []
+    """Print what each image of a batch adds to the memory of a step in bf16."""
+    peaks = []
     for count in (batch, 2 * batch):
-        t = clever.Training(clever.Config(arch=arch, batch=count, precision="bf16"), 2)
+        run = new_run(arch=arch, precision="bf16")
         views = random_views(count)
-        clever.train_step(t, views, 0)  # makes the optimiser's state
-        used.append(peak_memory(lambda: clever.train_step(t, views, 2)))
-    image = (used[1] - used[0]) / batch
-    print(f"a step of {arch}, bf16, K = 65,536: {1024 * image:.0f} MiB an image, "
-          f"{512 * image:.0f} GiB at 512")
+        clever.train_step(run, views, 0)  # creates the optimiser's state
+        peaks.append(peak_memory(lambda: clever.train_step(run, views, 2)))
+    image = (peaks[1] - peaks[0]) / batch
+    print(f"step of {arch} in bf16: {1024 * image:.0f} MiB an image, {512 * image:.0f} GiB at 512")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) > 1 and not Path(sys.argv[1]).is_dir():
-        sys.exit(__doc__)
-    for theirs, ours in (("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")):
-        step(theirs, ours)
+    for precisions in (("fp32", "fp32"), ("fp32", "bf16"), ("bf16", "bf16")):
+        step(*precisions)
     for arch, batch in (("vit_tiny", 8), ("vit_small", 8), ("vmamba_tiny", 2)):
         memory(arch, batch)
     if len(sys.argv) > 1:
         torch.set_num_threads(1)  # as in a worker
+        photos = sorted(Path(sys.argv[1]).rglob("*.jpg"))[:40]
         for aug in ("caug", "caug+"):
-            loader(aug, sorted(Path(sys.argv[1]).rglob("*.jpg"))[:40])
+            loader(aug, photos)

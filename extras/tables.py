@@ -1,92 +1,135 @@
-"""The tables of assets/results.md, in Markdown, from the runs that its commands make.
+"""The tables of results.md in Markdown, from the runs of its commands: `python extras/tables.py`
 
-    python assets/tables.py         in the folder that holds runs/; a table whose runs are missing is left out
+Reads runs/<letter>-<method>-<seed> in the current folder; `TITLES` explains the letters. Cells are
+mean ± standard deviation over the seeds; differences are mean ± standard error.
 """
+
 import json
 import statistics
+import sys
 from pathlib import Path
 
-METHODS = ("dino", "freed", "paper", "turn")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from clever import print_table  # noqa: E402
+
+TITLES = dict(
+    b="CIFAR-10, baug", c="CIFAR-10, caug", e="CIFAR-10, caug+", t="tiny100, caug", p="patterns"
+)
+PROBES = (("linear", "orig"), ("linear", "cj+rot"), ("k-NN", "orig"), ("k-NN", "cj+rot"))
+KNN = ("k-NN, upright", "k-NN, rotated")  # of clever.py
+R2 = "R2 of the angle"
 COSINES = ("EF_own", "EF_other_view", "EF_other_image")
 
 
-def read_json(pattern):
-    """The files runs/<pattern>, read."""
-    return [json.loads(path.read_text()) for path in sorted(Path("runs").glob(pattern))]
+def read_evaluation(folder):
+    """{part: [accuracies in the order of PROBES, R2]} from the last probes in eval.json."""
+    path = folder / "eval.json"
+    if not path.exists():
+        return {}
+
+    parts = {}
+    for section in json.loads(path.read_text()).values():
+        if "compare" not in section:  # fine-tuning
+            continue
+        for part, r2 in section["compare"]["after"][R2].items():
+            accuracies = [section[probe][part][kind][0] for probe, kind in PROBES]
+            parts[part] = [*accuracies, r2]
+    return parts
 
 
-def last_epochs(pattern):
-    """The last line of each runs/<pattern>/log.jsonl."""
-    paths = sorted(Path("runs").glob(f"{pattern}/log.jsonl"))
-    return [json.loads(path.read_text().splitlines()[-1]) for path in paths]
+def read_comparison(folder):
+    """{part: [accuracies in the order of KNN, R2]} from compare.json."""
+    path = folder / "compare.json"
+    if not path.exists():
+        return {}
+    after = json.loads(path.read_text())["after"]
+    return {part: [after[name][part] for name in (*KNN, R2)] for part in after[R2]}
 
 
-def section(pattern, name):
-    """The section of each runs/<pattern>/eval.json whose name begins so."""
-    found = []
-    for sections in read_json(f"{pattern}/eval.json"):
-        found += [numbers for key, numbers in sections.items() if key.startswith(name)][:1]
-    return found
+def read_cosines(folder):
+    """{"EF": the cosines in the order of COSINES} at the last epoch's end in log.jsonl."""
+    path = folder / "log.jsonl"
+    texts = path.read_text().splitlines() if path.exists() else []
+    lines = [json.loads(text) for text in texts if COSINES[0] in text]
+    return {"EF": [lines[-1][key] for key in COSINES]} if lines else {}
 
 
-def cell(values, digits=1):
-    """Mean ± standard deviation over the seeds."""
-    if not values:
-        return "-"
-    spread = f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.{digits}f}{spread}"
+def collect(letter, read):
+    """What `read` returns of each run, {method: {seed: {part: [numbers]}}}."""
+    methods = {}
+    for folder in sorted(Path("runs").glob(f"{letter}-*-*")):
+        method, seed = folder.name[2:].rsplit("-", 1)
+        parts = read(folder)
+        if parts:
+            methods.setdefault(method, {})[seed] = parts
+    return methods
 
 
-def told(reports, what, digits):
-    """Cells of all, IR and EF of what `clever.compare` told after training."""
-    cells = []
-    for part in ("all", "IR", "EF"):
-        rows = [report["after"][what] for report in reports]
-        cells.append(cell([row[part] for row in rows if part in row], digits))
-    return cells
+def mean(values, digits):
+    text = f"{statistics.mean(values):.{digits}f}"
+    if len(values) == 1:
+        return text
+    return f"{text} ± {statistics.stdev(values):.{digits}f}"
 
 
-def table(head, rows):
+def difference(values, digits):
+    text = f"{statistics.mean(values):+.{digits}f}"
+    if len(values) == 1:
+        return text
+    return f"{text} ± {statistics.stdev(values) / len(values) ** 0.5:.{digits}f}"
+
+
+def cells(seeds, digits, summary=mean):
+    """A cell for each column from the lists of numbers of all seeds."""
+    return [summary(values, d) for values, d in zip(zip(*seeds), digits)]
+
+
+def show(title, head, rows):
     if rows:
-        print("|" + "|".join(f" {name} " for name in head) + "|")
-        print("|" + "---|" * len(head))
-        for row in rows:
-            print("|" + "|".join(f" {value} " for value in row) + "|")
-        print()
+        print(f"\n{title}\n")
+        print_table(head, rows)
 
 
-# 1 and 5. CIFAR-10 with BAug, with CAug; tiny100
-KINDS = [(probe, kind) for probe in ("linear", "k-NN") for kind in ("orig", "cj+rot")]
-for runs in ("b", "e", "t"):
+def show_parts(title, methods, columns, digits):
+    """A row for each method and part; then the differences to DINO on all of z, seed by seed."""
     rows = []
-    for name in (("untrained", *METHODS) if runs == "b" else METHODS):  # once: it is CIFAR-10's
-        pattern = "untrained-?" if name == "untrained" else f"{runs}-{name}-?"
-        probes = section(pattern, "probes")
-        for part in ("all", "IR", "EF"):
-            if probes and f"linear {part}" in probes[0]:
-                cells = [cell([run[f"{probe} {part}"][kind][0] for run in probes]) for probe, kind in KINDS]
-                rows.append([name, part, len(probes), *cells])
-    table([runs, "part", "seeds", *(" ".join(kind) for kind in KINDS)], rows)
+    for method, seeds in methods.items():
+        runs = list(seeds.values())
+        for part in runs[0]:
+            numbers = [run[part] for run in runs]
+            rows.append([method, part, str(len(runs)), *cells(numbers, digits)])
+    show(title, ["", "part", "seeds", *columns], rows)
 
-# 2. What EF knows, on CIFAR-10
-rows = []
-for runs in ("b", "e"):
-    for name in METHODS:
-        reports = section(f"{runs}-{name}-?", "rotation")
-        logs = [line for line in last_epochs(f"{runs}-{name}-?") if "EF_own" in line]
-        if reports:
-            cosines = [cell([line[key] for line in logs], 3) for key in COSINES]
-            rows.append([f"{runs} {name}", *told(reports, "R2 of the angle", 3), *cosines])
-table(["", "R² all", "R² IR", "R² EF", "same view", "other view", "other image"], rows)
-
-# 3. The losses of EF, and 4. the split, on patterns
-for runs in (METHODS, ("s-0.5", "s-0.8", "s-0.9")):
     rows = []
-    for name in runs:
-        reports = read_json(f"{name}-?/compare.json")
-        if reports:
-            upright = told(reports, "k-NN, upright", 1)[0]  # of all
-            rotated = told(reports, "k-NN, rotated", 1)
-            rows.append([name, len(reports), upright, *rotated, *told(reports, "R2 of the angle", 2)])
-    table(["", "seeds", "k-NN all, upright", "k-NN all, rotated", "k-NN IR, rotated", "k-NN EF, rotated",
-           "R² all", "R² IR", "R² EF"], rows)
+    for method, seeds in methods.items():
+        gains = []
+        for seed, parts in seeds.items():
+            dino = methods.get("dino", {}).get(seed)
+            if dino and method != "dino":
+                gains.append([a - b for a, b in zip(parts["all"], dino["all"])])
+        if gains:
+            rows.append([method, str(len(gains)), *cells(gains, digits, difference)])
+    show(f"{title}: difference to DINO, all", ["", "seeds", *columns], rows)
+
+
+def main():
+    if not any(Path("runs").glob("[bcetp]-*-*")):
+        sys.exit("no runs here: extras/results.md has the commands that make them")
+
+    for letter in "bcet":
+        columns = [*[" ".join(probe) for probe in PROBES], "R² of the angle"]
+        show_parts(TITLES[letter], collect(letter, read_evaluation), columns, (1, 1, 1, 1, 3))
+    columns = [*KNN, "R² of the angle"]
+    show_parts(TITLES["p"], collect("p", read_comparison), columns, (1, 1, 2))
+
+    rows = []
+    for letter, title in TITLES.items():
+        for method, seeds in collect(letter, read_cosines).items():
+            numbers = [parts["EF"] for parts in seeds.values()]
+            rows.append([title, method, str(len(numbers)), *cells(numbers, (3, 3, 3))])
+    columns = ["its own view", "another view", "another image"]
+    show("Cosine of EF with ...", ["", "", "seeds", *columns], rows)
+
+
+if __name__ == "__main__":
+    main()

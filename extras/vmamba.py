@@ -1,10 +1,8 @@
-"""VMamba-Tiny (arXiv 2401.10166) in plain PyTorch: `--arch vmamba_tiny` of clever.py.
+"""VMamba-Tiny (arXiv 2401.10166) in plain PyTorch: `python clever.py --arch vmamba_tiny`.
 
-A map (B, H, W, D) is read as sequences of L = H * W positions in 4 directions. Parameters are named as in
-the original; Mamba's state has size 1. This is also an example of a backbone of your own, which
-`--arch module:Class` takes: it has an `embed_dim` and maps (N, 3, H, W) to (N, D).
-
-Shapes: B images, H x W positions, L of them, D features, R the rank of the time step.
+A map of H x W positions is read as a sequence in four directions; Mamba, with a state of size 1,
+runs along each. Parameters are named as in the original. An example for `--arch module:Class`.
+Shapes: B images, L = H * W positions, D features, R the rank of the time step.
 """
 
 import math
@@ -20,52 +18,50 @@ from clever import init_linear, mlp, stochastic_depth
 
 
 def cross_scan(x):
-    """Reads a map by rows, by columns, and both backwards: (B, H, W, D) -> (B, L, 4, D)."""
+    """Read a map by rows, by columns, and both backwards: (B, H, W, D) -> (B, L, 4, D)."""
     rows = x.flatten(1, 2)  # (B, L, D)
     columns = x.transpose(1, 2).flatten(1, 2)  # (B, L, D), L = W H
     return torch.stack([rows, columns, rows.flip(1), columns.flip(1)], 2)
 
 
 def cross_merge(y, H, W):
-    """Undoes `cross_scan` and adds the 4 maps: (B, L, 4, D) -> (B, H, W, D)."""
+    """Put the four sequences back in place and add them: (B, L, 4, D) -> (B, H, W, D)."""
     right, down, left, up = y.unbind(2)  # each (B, L, D)
     rows = (right + left.flip(1)).unflatten(1, (H, W))  # (B, H, W, D)
     columns = (down + up.flip(1)).unflatten(1, (W, H))  # (B, W, H, D)
     return rows + columns.transpose(1, 2)
 
 
-def recurrence(decay, drive):
-    """state_t = decay_t state_(t-1) + drive_t, from 0, along dimension 1 of both."""
+def recurrence(decay, drive, dim):
+    """state_t = decay_t * state_(t-1) + drive_t along a dimension, starting from 0."""
     states = []
-    state = torch.zeros_like(drive[:, 0])
-    for decay_t, drive_t in zip(decay.unbind(1), drive.unbind(1)):
+    state = torch.zeros_like(drive.select(dim, 0))
+    for decay_t, drive_t in zip(decay.unbind(dim), drive.unbind(dim)):
         state = torch.addcmul(drive_t, decay_t, state)
         states.append(state)
-    return torch.stack(states, 1)
+    return torch.stack(states, dim)
 
 
 def scan(log_decay, drive, chunks):
-    """The recurrence with decay exp(log_decay) along L of (B, L, 4, D), in chunks side by side (Mamba)."""
-    B = len(drive)
-    log_decay = log_decay.unflatten(1, (chunks, -1)).flatten(0, 1)  # (B * chunks, steps, 4, D)
-    drive = drive.unflatten(1, (chunks, -1)).flatten(0, 1)
-    states = recurrence(log_decay.exp(), drive)  # of each chunk, from 0: (B * chunks, steps, 4, D)
-    kept = log_decay.cumsum(1).exp()  # what is left of the state on entering the chunk
-    ends = recurrence(
-        kept[:, -1].unflatten(0, (B, chunks)), states[:, -1].unflatten(0, (B, chunks))
-    )
-    starts = F.pad(
-        ends[:, :-1], (0, 0, 0, 0, 1, 0)
-    )  # a chunk starts where the last ended: (B, chunks, 4, D)
-    states = states + kept * starts.flatten(0, 1)[:, None]
-    return states.unflatten(0, (B, chunks)).flatten(1, 2)  # (B, L, 4, D)
+    """The recurrence with decay exp(log_decay) along L, in chunks side by side: (B, L, 4, D)."""
+    log_decay = log_decay.unflatten(1, (chunks, -1))  # (B, chunks, steps, 4, D)
+    drive = drive.unflatten(1, (chunks, -1))
+    states = recurrence(log_decay.exp(), drive, dim=2)  # of each chunk, from 0
+
+    # A chunk starts in the state in which the one before it ended.
+    kept = log_decay.cumsum(2).exp()  # the fraction that is left of that state
+    ends = recurrence(kept[:, :, -1], states[:, :, -1], dim=1)  # (B, chunks, 4, D)
+    starts = F.pad(ends[:, :-1], (0, 0, 0, 0, 1, 0))
+    return (states + kept * starts[:, :, None]).flatten(1, 2)
 
 
 class SS2D(nn.Module):
-    """Selective scan (Mamba, 2312.00752) of a map in 4 directions, no gate: (B, H, W, D) -> (B, H, W, D).
+    """Selective scan (Mamba, arXiv 2312.00752) in four directions: (B, H, W, D) -> (B, H, W, D).
 
-    In each direction, with delta_t = softplus(dt_projs r_t + bias), A = -exp(A_logs) and Mamba's B, C as
-    write, read: state_t = exp(delta_t A) state_(t-1) + delta_t write_t u_t, y_t = read_t state_t + Ds u_t."""
+    delta_t = softplus(dt_projs r_t + bias), A = -exp(A_logs)
+    state_t = exp(delta_t A) state_(t-1) + delta_t write_t u_t
+    y_t     = read_t state_t + Ds u_t          write and read are Mamba's B and C
+    """
 
     def __init__(self, dim):
         super().__init__()
@@ -85,15 +81,15 @@ class SS2D(nn.Module):
             nn.init.uniform_(weight, -bound, bound)
 
     def selective_scan(self, v):
-        """The sum over the directions of y, of a map (B, H, W, D), in the parameters' dtype."""
+        """y summed over the directions, in the dtype of the parameters: (B, H, W, D)."""
         H, W, D = v.shape[1:]
         u = cross_scan(v)  # (B, L, 4, D)
         p = torch.einsum("blkd,kpd->blkp", u, self.x_proj_weight)  # (B, L, 4, R + 2)
         with torch.autocast(v.device.type, enabled=False):  # half precision would lose the state
             u = u.to(self.Ds.dtype)
             r, write_t, read_t = p.to(self.Ds.dtype).tensor_split([-2, -1], 3)  # (B, L, 4, R or 1)
-            delta = torch.einsum("blkr,kdr->blkd", r, self.dt_projs_weight) + self.dt_projs_bias
-            delta = F.softplus(delta)  # (B, L, 4, D)
+            delta = torch.einsum("blkr,kdr->blkd", r, self.dt_projs_weight)  # (B, L, 4, D)
+            delta = F.softplus(delta + self.dt_projs_bias)
             A = -self.A_logs.exp().view(4, D)
             state = scan(delta * A, delta * write_t * u, chunks=H)
             return cross_merge(read_t * state + self.Ds.view(4, D) * u, H, W)
@@ -116,15 +112,13 @@ class VSSBlock(nn.Module):
         self.mlp = mlp(dim)
 
     def forward(self, x):
-        y = checkpoint(
-            self.op, self.norm(x), use_reentrant=False
-        )  # else every state of the scan is kept
+        y = checkpoint(self.op, self.norm(x), use_reentrant=False)  # keeps no states of the scan
         x = x + stochastic_depth(y, self.drop_path, self.training)
         return x + stochastic_depth(self.mlp(self.norm2(x)), self.drop_path, self.training)
 
 
 def halve(dim, wider):
-    """Layers that halve the sides: (B, dim, H, W) -> (B, H / 2, W / 2, wider)."""
+    """Layers that halve the sides of a map: (B, dim, H, W) -> (B, H / 2, W / 2, wider)."""
     return nn.Conv2d(dim, wider, 3, stride=2, padding=1), Permute([0, 2, 3, 1]), nn.LayerNorm(wider)
 
 
@@ -134,10 +128,9 @@ class VMamba(nn.Module):
     def __init__(self, drop_path=0.1, dims=(96, 192, 384, 768), depths=(2, 2, 8, 2)):
         super().__init__()
         self.embed_dim = dims[-1]
-        narrow = dims[0] // 2
         channel_first = Permute([0, 3, 1, 2])
-        stem = [*halve(3, narrow), channel_first, nn.GELU(), *halve(narrow, dims[0])]
-        self.patch_embed = nn.Sequential(*stem)
+        first, second = halve(3, dims[0] // 2), halve(dims[0] // 2, dims[0])
+        self.patch_embed = nn.Sequential(*first, channel_first, nn.GELU(), *second)
         drop_path = min(2 * drop_path, 0.99)  # its authors use 0.2 where ViTs have 0.1
         rates = [drop_path * i / (sum(depths) - 1) for i in range(sum(depths))]
         self.layers = nn.Sequential()
@@ -145,14 +138,12 @@ class VMamba(nn.Module):
             blocks = [VSSBlock(dims[i], rates.pop(0)) for _ in range(depth)]
             stage = nn.Sequential(OrderedDict(blocks=nn.Sequential(*blocks)))
             if i + 1 < len(depths):
-                stage.add_module(
-                    "downsample", nn.Sequential(channel_first, *halve(dims[i], dims[i + 1]))
-                )
+                stage.downsample = nn.Sequential(channel_first, *halve(dims[i], dims[i + 1]))
             self.layers.append(stage)
         self.classifier = nn.Sequential(OrderedDict(norm=nn.LayerNorm(dims[-1])))
         init_linear(self)
 
-    @torch.compiler.disable  # --compile would unroll each block's scan, for each size of map
+    @torch.compiler.disable  # --compile would unroll every scan, for each size of image
     def forward(self, x):
         x = self.layers(self.patch_embed(x))  # (B, H / 32, W / 32, D)
         return self.classifier(x).mean((1, 2))
