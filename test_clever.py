@@ -59,11 +59,35 @@ Collapse and what was learned
 33. k-NN votes and the R2 of the angle equal naive versions. A tied vote is no hit.
 34. The comparison tells before from after and upright from rotated. The corners of a rotated image
     do not give its angle away.
+
+Evaluation
+35. A class planted in IR and an angle planted in EF are found there and not in the other part.
+36. Probes trained side by side equal probes trained one by one, and held-out images choose the
+    learning rates.
+37. Probes of IR and EF read these dimensions of z, k-NN on all reads z, and the linear probe on all
+    of a ViT reads four CLS tokens.
+38. Each perturbation is what its name says. Every seed and model sees the same test images.
+39. Features and probes do not depend on the number of processes, to rounding.
+40. --labels draws equally many readable images of each class, always the same ones for a seed.
+41. Images that cannot be read are left out with their labels: every number is what it is without
+    these files.
+42. Weights load from the layouts of timm, DINO and this project; the sizes of patches and images
+    and the stem of a ResNet are read from the file.
+43. A wrong command gets one sentence and writes nothing.
+44. One command prints tables that fit 100 columns and adds a section to eval.json, named by the
+    command; other sections and the run stay as they are.
+45. Probing leaves the backbone as it is. Fine-tuning trains a copy, with the learning rates of
+    --lr, and keeps the statistics of batch norm.
+46. --features writes the z that the k-NN sees, for the images of a folder without labels.
+47. DAVIS: masks are carried from frame to frame as by a naive version; pixels that are void do not
+    count, and videos that are too short are left out.
+48. visualize.py draws what the picture's names list; its attention is that of the last block.
 """
 
 import argparse
 import concurrent.futures
 import contextlib
+import copy
 import functools
 import importlib
 import inspect
@@ -96,7 +120,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import transforms as T
 
 import clever
-from extras import published, vmamba
+import eval_linear
+from extras import davis, published, visualize, vmamba
 
 HERE = Path(clever.__file__).resolve().parent
 os.environ.update(PYTHONPATH=str(HERE), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
@@ -686,6 +711,7 @@ def test_a_fork_is_used_from_its_start_to_its_end(photos, tmp_path):
 
 # Claim 13
 def test_a_run_starts_from_given_weights(labelled, monkeypatch):
+    torch.manual_seed(1)  # unlike the run's own
     own = clever.build_backbone("vit_micro", 32).state_dict()
     bare = {f"backbone.{name}": value for name, value in own.items()}
     wrapped = {f"module.{name}": value for name, value in bare.items()}
@@ -1450,3 +1476,570 @@ def test_corners_do_not_give_the_angle_away(monkeypatch):
     monkeypatch.setattr(clever, "disc", lambda size, device: torch.ones(size, size))
     r2 = clever.probe(eye, tiny(method="dino"), data, val, CPU)["R2 of the angle"]["all"]
     assert r2 > 0.06
+
+
+# ==================================================================================================
+# Evaluation
+# ==================================================================================================
+
+
+def untrained(folder, data="patterns", **options):
+    """A run as clever.py leaves it, with an untrained backbone."""
+    cfg = tiny(data=str(data), out=str(folder), **options)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(vars(cfg)))
+    torch.save(clever.CLeVER(cfg).backbone.state_dict(), folder / "backbone.pt")
+    return folder
+
+
+def evaluate(*words):
+    """Run eval_linear.py in this process. Returns the section that it writes."""
+    words = [str(word) for word in words]
+    eval_linear.main(words)
+    args = eval_linear.parse(words)
+    sections = json.loads(Path(args.out or args.run, "eval.json").read_text())
+    return list(sections.values())[-1]
+
+
+def planted(count, seed):
+    """20 features, the first 16 (IR) of the class, the others (EF) of the angle; angles; labels."""
+    labels = torch.arange(count) % 4
+    angle = normal(count, seed=seed).erf().float() * 90
+    ir = 3 * F.one_hot(labels, 16) + 0.5 * normal(count, 16, seed=seed)
+    circle = torch.stack([angle.deg2rad().cos(), angle.deg2rad().sin()], 1)
+    ef = circle.repeat(1, 2) + 0.1 * normal(count, 4, seed=seed)
+    return torch.cat([ir, ef], 1).float(), angle, labels
+
+
+def probes_of(z, labels, *words):
+    """Linear probes of planted features, {part: (learning rate, head)}, and each part's columns."""
+    columns = clever.columns(20, 0.8)
+    model = argparse.Namespace(
+        device=CPU, cfg=tiny(), linear_columns=columns, requires_grad_=lambda wanted: None
+    )
+    pixels = torch.zeros(len(labels), 3, 8, 8, dtype=torch.uint8)
+    data = clever.Images(8, pixels, labels, list("0123"))
+    args = eval_linear.parse(["RUN", "--quick", *words])
+    return eval_linear.train_probes(args, model, data, z), columns
+
+
+# Claim 35
+def test_planted_class_and_angle_are_found():
+    z, angle, labels = planted(1000, seed=0)
+    z_test, angle_test, truth = planted(500, seed=1)
+    probes, columns = probes_of(z, labels, "--epochs", "10")
+    linear, knn, r2 = {}, {}, {}
+    for part, dims in columns.items():
+        _, head = probes[part]
+        votes = clever.knn(z[:, dims], labels, z_test[:, dims], 4)
+        linear[part] = clever.accuracy(head(z_test[:, dims]), truth)
+        knn[part] = clever.accuracy(votes, truth)
+        r2[part] = clever.ridge_r2(z[:, dims], angle, z_test[:, dims], angle_test)
+
+    assert min(linear["all"], linear["IR"], knn["all"], knn["IR"]) > 95
+    assert max(linear["EF"], knn["EF"]) < 33
+    assert min(r2["all"], r2["EF"]) > 0.9
+    assert abs(r2["IR"]) < 0.1
+
+
+def probe_alone(z, labels, rows, rate, gen):
+    """A linear probe trained on rows of z at one learning rate, 16 images a step for two epochs."""
+    head = nn.Linear(z.shape[1], 4).double()
+    head.weight.data = (0.01 * torch.randn(4, z.shape[1], generator=gen)).double()
+    head.bias.data.zero_()
+    optimizer = torch.optim.SGD(head.parameters(), momentum=0.9)
+    for step, share in enumerate(clever.batches(len(rows), clever.Config(batch=16), 0, 10)):
+        cosine = (1 + math.cos(math.pi * step / 10)) / 2
+        optimizer.param_groups[0]["lr"] = rate * 16 / 256 * cosine
+        optimizer.zero_grad()
+        F.cross_entropy(head(z[rows[share]]), labels[rows[share]]).backward()
+        optimizer.step()
+    return head
+
+
+# Claim 36
+def test_probes_side_by_side_equal_probes_one_by_one():
+    z, _, labels = planted(96, seed=0)
+    z = z + 4 * normal(96, 20, seed=5).float()  # hard: training rows would choose another rate
+    rates = [0.01, 0.1, 1.0, 3.0]
+    words = ["--epochs", "2", "--batch", "16", "--lr", *map(str, rates)]
+    probes, columns = probes_of(z, labels, *words)
+
+    order = torch.randperm(96, generator=clever.generator("cpu", 0, "held out"))
+    held, rows = order[:10], order[10:]
+    gen = clever.generator("cpu", 0, "head")
+    for part, dims in columns.items():
+        candidates = []
+        for rate in rates:
+            head = probe_alone(z[:, dims].double(), labels, rows, rate, gen)
+            scores = head(z[held][:, dims].double())
+            hits = int((scores.argmax(1) == labels[held]).sum())
+            loss = F.cross_entropy(scores, labels[held]).item()
+            candidates.append((hits, -loss, rate, head))
+        *_, best_rate, best_head = max(candidates, key=lambda candidate: candidate[:2])
+        rate, head = probes[part]
+        assert rate == best_rate
+        close(list(head.double().parameters()), list(best_head.parameters()), 1e-4)
+
+
+# Claim 37
+def test_what_the_probes_see():
+    net = clever.build_backbone("vit_micro", 32)
+    model = eval_linear.Representation(net, tiny(), CPU)
+    x = torch.randn(2, 3, 32, 32)
+    features = model(x)
+    ir, ef = clever.split(net(x), 0.8)
+    for columns in (model.knn_columns, model.linear_columns):
+        close(features[:, columns["IR"]], ir)
+        close(features[:, columns["EF"]], ef)
+        assert len(columns["random"]) == len(columns["EF"])
+    close(features[:, model.knn_columns["all"]], net(x))
+
+    tokens = [layer[:, 0] for layer in net.get_intermediate_layers(x, 4)]
+    close(features[:, model.linear_columns["all"]], torch.cat(tokens, 1))
+    resnet = clever.build_backbone("resnet18", 32)
+    model = eval_linear.Representation(resnet, tiny(arch="resnet18"), CPU)
+    close(model(x)[:, model.linear_columns["all"]], resnet(x))
+
+
+# Claim 38
+@pytest.mark.parametrize("kind", eval_linear.KINDS)
+def test_perturbations_are_what_their_names_say(monkeypatch, kind):
+    seen = spy(monkeypatch, "warp", "color_jitter", "elastic_shift")
+    images = torch.zeros(4000, 3, 8, 8, dtype=torch.uint8)
+    gen = clever.generator("cpu", 0)
+    eval_linear.make_view(images, torch.ones(4000), 8, gen, **eval_linear.KINDS[kind])
+
+    happens(seen["flip"], 0.5 if "flip" in kind else 0)
+    if "rot" in kind:
+        uniform(seen["angle"], -90, 90)
+    else:
+        assert not seen["angle"].any()
+    assert ("elastic_shift" in seen) == ("elastic" in kind)
+    if "elastic" in kind:
+        assert seen["alpha"] == pytest.approx(100 * 8 / 224)
+    assert ("factors" in seen) == ("cj" in kind)
+    if "cj" in kind:
+        *others, hue = seen["factors"]
+        uniform(hue, -0.1, 0.1)
+        for factor in others:
+            uniform(factor, 0.6, 1.4)
+
+
+# Claim 38
+def test_curves_are_what_their_names_say(monkeypatch):
+    seen = spy(monkeypatch, "warp", "elastic_shift")
+    images = torch.zeros(5, 3, 8, 8, dtype=torch.uint8)
+    for kind, options in eval_linear.CURVES.items():
+        eval_linear.make_view(images, torch.ones(5), 8, clever.generator("cpu", 0), **options)
+        name, value = kind.split("=")
+        if name == "rot":
+            assert seen["angle"].tolist() == [float(value)] * 5
+            assert seen["shift"] is None
+        else:
+            assert not seen["angle"].any()
+            assert seen["alpha"] == pytest.approx(float(value) * 8 / 224)
+
+
+def features_and_probes(rank, world, folder):
+    """Features and linear probes of files, one of them broken, as one of `world` processes."""
+    join(rank, world, folder)
+    eval_linear.CHUNK = 8
+    net = clever.build_backbone("vit_micro", 32)
+    model = eval_linear.Representation(net, tiny(), CPU)
+    files = clever.load_folder(folder / "data" / "train")
+    data = clever.Images(32, *files)
+    args = eval_linear.parse("RUN --epochs 2 --batch 12 --lr 0.1".split())
+    bank = eval_linear.compute_features(model, data, **eval_linear.KINDS["orig"])
+    rotated = eval_linear.compute_features(model, data, **eval_linear.KINDS["cj+rot"])
+    probes = eval_linear.train_probes(args, model, data, bank)
+    heads = {part: head.state_dict() for part, (_, head) in probes.items()}
+    torch.save([bank, rotated, data.labels, heads], f"{folder}/{world}-{rank}.pt")
+
+
+# Claims 39 and 41
+def test_features_and_probes_of_two_processes_equal_those_of_one(tmp_path):
+    labelled_pictures(tmp_path / "data", train=15, val=1)
+    (tmp_path / "data" / "train" / "a" / "04.jpg").write_text("broken")
+    (one,) = results_of(features_and_probes, 1, tmp_path)
+    assert one[0].shape == one[1].shape == (29, 4 * 96)
+    assert one[2].tolist() == [0] * 14 + [1] * 15
+    for result in results_of(features_and_probes, 2, tmp_path):
+        close(result, one, 1e-5)
+
+
+# Claim 40
+def test_a_draw_of_labels_is_fixed_and_balanced():
+    labels = torch.arange(1000) % 10
+    readable = torch.rand(1000) > 0.3
+    draws = [eval_linear.balanced_draw(labels, 0.1, seed, readable) for seed in (0, 0, 1)]
+    assert labels[draws[0]].bincount().tolist() == [10] * 10
+    assert readable[draws[0]].all()
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+# Claims 40 and 41: three of four images of class a are broken.
+@pytest.mark.parametrize("words", ["", "--labels 0.25 --seed 1"])
+def test_broken_images_are_left_out_with_their_labels(tmp_path, capsys, words):
+    whole = labelled_pictures(tmp_path / "whole", train=4, val=4, reds=(10, 250))
+    broken = shutil.copytree(whole, tmp_path / "broken")
+    for name in ("train/a/00.jpg", "train/a/02.jpg", "train/a/03.jpg", "val/b/00.jpg"):
+        (whole / name).unlink()
+        (broken / name).write_text("broken")
+
+    sections = []
+    for data in (broken, whole):
+        torch.manual_seed(0)
+        run = untrained(tmp_path / f"run of {data.name}", data)
+        sections.append(evaluate(run, "--quick", "--epochs", 2, "--workers", 0, *words.split()))
+        output = capsys.readouterr()
+        if data == broken:
+            assert "val/b/00.jpg cannot be read" in output.err
+            assert "1 of 8 images cannot be read and are left out" in output.out
+        else:
+            assert output.err == ""
+    results = [section["k-NN"] for section in sections]
+    assert results[0]["all"]["orig"] == results[1]["all"]["orig"] == [100]
+    if not words:
+        assert results[0] == results[1]
+        assert sections[0]["linear"] == sections[1]["linear"]
+
+
+# Claim 41: where nothing was checked before, the next image is shown with its own label.
+def test_fine_tuning_shows_no_image_with_another_label(tmp_path, monkeypatch):
+    folder = labelled_pictures(tmp_path / "data", train=6, val=1, reds=(10, 250))
+    for n in (1, 3, 5):
+        (folder / "train" / "a" / f"{n:02}.jpg").write_text("broken")
+    data, _ = clever.load_images(str(folder), 32)
+    monkeypatch.setattr(eval_linear, "make_view", lambda images, *_, **__: images)
+    args = eval_linear.parse(["RUN", "--finetune", "--workers", "0"])
+    red = nn.Module()
+    red.forward = lambda images: images[:, 0].float().mean((1, 2))
+    red.device, red.cfg = CPU, tiny()
+    rows = torch.arange(12)
+    batches = eval_linear.training_batches(args, red, data, None, rows, batch=4, steps=6)
+    for value, labels in batches:
+        assert torch.equal(value > 130, labels == 1)
+
+
+# Claim 42
+def test_published_layouts_load():
+    own = clever.build_backbone("vit_micro", 32).state_dict()
+    bare = {f"backbone.{name}": value for name, value in own.items()}
+    wrapped = {f"module.{name}": value for name, value in bare.items()}
+    wrapped["module.head.mlp"] = own["cls_token"]
+    dino = dict(teacher=wrapped, args=argparse.Namespace(lr=0.1))
+    timm = {**own, "head.weight": torch.zeros(10, 96)}
+    args = eval_linear.parse("--weights w.pt --arch vit_micro --data patterns".split())
+    for content in (own, timm, dino, dict(teacher=bare)):
+        torch.save(content, "w.pt")
+        cfg, _, loaded = eval_linear.open_model(args)
+        assert cfg.global_size == 32
+        close(loaded.state_dict(), dict(own), 0)
+
+
+# Claim 42
+@pytest.mark.parametrize(
+    "arch, size, patch", [("vit_tiny", 32, 8), ("resnet18", 32, None), ("resnet18", 224, None)]
+)
+def test_sizes_and_stem_are_read_from_the_file(arch, size, patch):
+    options = dict(patch_size=patch) if patch else {}
+    weights = clever.build_backbone(arch, size, **options).state_dict()
+    torch.save({**weights, "fc.bias": torch.zeros(10)}, "w.pt")
+    args = eval_linear.parse(["--weights", "w.pt", "--arch", arch, "--data", "patterns"])
+    cfg, _, loaded = eval_linear.open_model(args)
+    assert cfg.global_size == size
+    close(dict(loaded.state_dict()), dict(weights), 0)
+
+
+WRONG_EVALUATIONS = [
+    ("", "run --weights is required"),
+    ("none", "none is not a run folder"),
+    ("empty", "empty is not a run folder"),
+    ("bare", "bare/backbone.pt not found"),
+    ("infinite", "infinite/backbone.pt: cls_token is not finite"),
+    ("run --quik", "--quik"),
+    ("run --epochs ten", "invalid int value: 'ten'"),
+    ("run --epochs 0", "must be above 0"),
+    ("run --lr 0.1 inf", "must be above 0"),
+    ("run --labels nan", "must be above 0"),
+    ("run --labels 10", "--labels at most 1"),
+    ("run --quick --finetune", "not allowed with argument --quick"),
+    ("run --finetune --lr 0.1 0.2", "--finetune takes one --lr"),
+    ("run --weights w.pt", "not allowed with argument"),
+    ("--weights w.pt --data patterns", "--weights needs --arch"),
+    ("--weights w.pt --arch vit_micro", "--data or --features"),
+    ("--weights none.pt --arch vit_micro --data patterns", "none.pt not found"),
+    ("--weights w.pt --arch vit_micro --data patterns --ratio 2", "--ratio must be"),
+    ("--weights w.pt --arch vit_mini --data patterns", "--arch vit_mini"),
+    ("--weights w.pt --arch resnet18 --data patterns", "w.pt does not fit"),
+    ("--weights part.pt --arch vit_micro --data patterns", "blocks.0.attn.qkv.weight"),
+    ("--weights odd.pt --arch vit_micro --data patterns", '"odd"'),
+    ("run --data unlabelled", "has no labels; --features writes"),
+    ("run --data none", "none"),
+    ("run --features none", "none"),
+]
+
+
+@pytest.fixture(scope="module")
+def mistakes(labelled, tmp_path_factory):  # noqa: F811
+    """A folder of runs, weights and data, most of them wrong."""
+    folder = tmp_path_factory.mktemp("mistakes")
+    weights = torch.load(untrained(folder / "run", labelled) / "backbone.pt")
+    (folder / "empty").mkdir()
+    (untrained(folder / "bare") / "backbone.pt").unlink()
+    broken = dict(weights, cls_token=torch.full((1, 1, 96), math.inf))
+    torch.save(broken, untrained(folder / "infinite") / "backbone.pt")
+    torch.save(weights, folder / "w.pt")
+    torch.save(dict(weights, odd=torch.zeros(1)), folder / "odd.pt")
+    part = {name: value for name, value in weights.items() if "qkv" not in name}
+    torch.save(part, folder / "part.pt")
+    pictures(folder / "unlabelled", 2)
+    return folder
+
+
+# Claim 43
+@pytest.mark.parametrize("words, expected", WRONG_EVALUATIONS)
+def test_wrong_evaluations_write_nothing(mistakes, monkeypatch, capsys, words, expected):
+    monkeypatch.chdir(mistakes)
+    before = files_of(mistakes)
+    with pytest.raises((clever.UserError, SystemExit)) as error:
+        eval_linear.main([*words.split(), "--workers", "0"])
+    assert expected in str(error.value) + capsys.readouterr().err
+    assert files_of(mistakes) == before
+
+
+def evaluation(rank, world, folder):
+    """Run eval_linear.py as one of `world` processes, as torchrun starts them."""
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    os.environ.update(json.loads(Path(f"{rank}.json").read_text()))
+    eval_linear.CHUNK = 32
+    eval_linear.main("run --epochs 2 --batch 16 --lr 0.1 --workers 0 --out two --seed 1".split())
+    torch.save(rank, f"{world}-{rank}.pt")
+
+
+# Claims 38, 39 and 44
+def test_a_command_writes_a_section_and_two_processes_agree(tmp_path, capsys, monkeypatch):
+    data = labelled_pictures(tmp_path / "data", 20, 50, reds=(118, 132))
+    run = untrained(tmp_path / "run", data)
+    for rank, env in enumerate(two_processes()):
+        (tmp_path / f"{rank}.json").write_text(json.dumps(env))
+    results_of(evaluation, 2, tmp_path)
+    (name,) = json.loads(Path("two/eval.json").read_text())
+    assert name == (
+        "eval_linear.py run --epochs 2 --batch 16 --lr 0.1 --workers 0 --out two --seed 1"
+    )
+    two = json.loads(Path("two/eval.json").read_text())[name]
+
+    monkeypatch.setattr(eval_linear, "CHUNK", 32)
+    one = evaluate(run, *"--epochs 2 --batch 16 --lr 0.1 0.2 --workers 0 --labels 0.5".split())
+    output = capsys.readouterr().out
+    assert f"{data}: 20 training and 100 test images in 2 classes" in output
+    assert "| linear, top-1 in % | all " in output
+    assert "| cj+rot+elastic " in output
+    assert max(len(line) for line in output.splitlines() if line.startswith("|")) <= 100
+    assert one["settings"]["ratio"] == 0.8
+    assert one["settings"]["labels"] == 0.5
+    assert set(one["compare"]["after"]) == {"k-NN, upright", "k-NN, rotated", "R2 of the angle"}
+    assert set(one["linear"]) == set(one["k-NN"]) == {"all", "IR", "EF", "random"}
+    assert list(one["linear"]["IR"]) == list(eval_linear.KINDS)
+
+    words = ["--epochs", 1, "--batch", 16, "--workers", 0, "--seed", 2]
+    again = evaluate(run, *words)  # k-NN does not depend on seed, learning rate or processes
+    for part, kinds in again["k-NN"].items():
+        for kind, value in kinds.items():
+            assert value == pytest.approx(two["k-NN"][part][kind], abs=1.1)  # one image
+
+
+# Claim 44
+def test_the_widest_tables_fit_100_columns(capsys):
+    kinds = {kind: [100.0, 100.0] for kind in eval_linear.KINDS}
+    parts = dict(all=kinds, IR=kinds, EF=kinds, random=kinds)
+    eval_linear.print_accuracies("linear", parts)
+    eval_linear.print_accuracies("k-NN", parts)
+    assert max(map(len, capsys.readouterr().out.splitlines())) <= 100
+
+
+# Claims 44 and 45
+def test_sections_are_added_and_the_run_stays(labelled, tmp_path, capsys):  # noqa: F811
+    run = untrained(tmp_path / "run", labelled)
+    before = (run / "backbone.pt").read_bytes()
+    common = ["--epochs", 3, "--batch", 8, "--workers", 0]
+    probes = evaluate(run, *common, "--quick", "--curve")
+    assert set(probes["linear"]["EF"]) == {*eval_linear.KINDS, *eval_linear.CURVES}
+    capsys.readouterr()
+    tuned = evaluate(run, *common, "--finetune", "--labels", 0.5)
+    assert "| fine-tuned " in capsys.readouterr().out
+    assert tuned["linear"]["fine-tuned"]["orig"][0] > 90
+
+    weights = ["--weights", run / "backbone.pt", "--arch", "vit_micro", "--ratio", 0.8]
+    foreign = evaluate(*weights, "--data", labelled, *common, "--quick", "--out", run)
+    for part, kinds in foreign["k-NN"].items():
+        assert kinds == {kind: probes["k-NN"][part][kind] for kind in eval_linear.KINDS}
+    sections = json.loads((run / "eval.json").read_text())
+    assert list(sections.values()) == [probes, tuned, foreign]
+    assert list(sections)[1].endswith("--workers 0 --finetune --labels 0.5")
+    assert (run / "backbone.pt").read_bytes() == before
+
+
+# Claim 45
+@pytest.mark.parametrize("words, changes", [("", False), ("--finetune", True)])
+def test_batch_norm_keeps_its_statistics(tmp_path, words, changes):
+    backbone = clever.build_backbone("resnet18", 32)
+    before = copy.deepcopy(backbone.state_dict())
+    args = eval_linear.parse(["RUN", "--epochs", "1", "--batch", "8", *words.split()])
+    model = eval_linear.Representation(backbone, tiny(arch="resnet18"), CPU)
+    folder = labelled_pictures(tmp_path / "data", train=5, val=1)
+    train, val = clever.load_images(str(folder), 32)
+    eval_linear.evaluate(args, model, train, val)
+
+    changed = set()
+    for name, value in backbone.state_dict().items():
+        if not torch.equal(value, before[name]):
+            changed.add(name)
+    assert bool(changed) == changes
+    assert not any("running" in name or "tracked" in name for name in changed)
+
+
+# Claim 45
+@pytest.mark.parametrize("words, rates", [("", [1e-3, 1e-4]), ("--lr 0.02", [0.02, 0.002])])
+def test_the_learning_rates_of_fine_tuning(words, rates):
+    args = eval_linear.parse(["RUN", "--finetune", *words.split()])
+    model = eval_linear.Representation(clever.build_backbone("vit_micro", 32), tiny(), CPU)
+    heads = eval_linear.new_heads(args, model, 3)
+    optimizer = eval_linear.new_optimizer(args, model, heads, batch=8)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(rates)
+    assert all(p.requires_grad for p in model.parameters())
+
+
+# Claim 46
+def test_features_of_a_folder(tmp_path, capsys):
+    run = untrained(tmp_path / "run")
+    folder = pictures(tmp_path / "photos" / "trip", 3).parent
+    (folder / "trip" / "01.jpg").write_text("broken")
+    eval_linear.main([str(run), "--features", str(folder), "--workers", "0"])
+    output = capsys.readouterr()
+    assert "01.jpg cannot be read" in output.err
+    assert "features.pt: z (2, 96), IR (76,), EF (20,)" in output.out
+    assert not (run / "eval.json").exists()
+
+    saved = torch.load(run / "features.pt", weights_only=True)
+    assert saved["paths"] == [str(folder / "trip" / "00.jpg"), str(folder / "trip" / "02.jpg")]
+    backbone = clever.build_backbone("vit_micro", 32).eval()
+    clever.load_weights(backbone, run / "backbone.pt")
+    for path, z in zip(saved["paths"], saved["z"]):
+        pixels, aspect = clever.decode(path, 32)
+        zero = torch.zeros(1)
+        view = clever.centre_view(pixels[None], torch.tensor([aspect]), 32, zero.bool(), zero)
+        with torch.no_grad():
+            close(backbone(clever.normalize(view))[0], z, 1e-5)
+        ir, ef = clever.split(z, saved["ratio"])
+        assert torch.equal(z[saved["IR"]], ir)
+        assert torch.equal(z[saved["EF"]], ef)
+
+
+# Claim 47
+def test_propagation_equals_a_naive_one():
+    f = normal(5, 4, 3, 6)
+    masks = [normal(2, 4, 3, seed=1)]
+    places = list(itertools.product(range(4), range(3)))
+    for t in range(1, 5):
+        mask = torch.zeros(2, 4, 3).double()
+        for h, w in places:
+            near = []
+            for c in sorted({0, max(0, t - 2), t - 1}):
+                for y, x in places:
+                    if abs(y - h) <= 1 and abs(x - w) <= 1:
+                        cosine = F.cosine_similarity(f[t, h, w], f[c, y, x], 0)
+                        near.append((float(cosine) / 0.1, c, y, x))
+            near = sorted(near)[-3:]
+            weights = torch.tensor([affinity for affinity, *_ in near]).double().softmax(0)
+            for weight, (_, c, y, x) in zip(weights, near):
+                mask[:, h, w] += weight * masks[c][:, y, x]
+        masks.append(mask)
+    close(davis.propagate(f, masks[0], last=2, k=3, radius=1), torch.stack(masks), 1e-6)
+
+
+# Claim 47: the features are the places, so each pixel keeps its mask.
+def test_void_pixels_do_not_count():
+    truth = torch.zeros(5, 12, 12, dtype=torch.uint8)
+    truth[:, 3:9, 3:9] = 1
+    features = torch.eye(144).view(1, 12, 12, 144).expand(5, -1, -1, -1)
+    assert davis.jaccard(features, truth) == [1]
+
+    void = truth.clone()
+    void[:, 2, 3:9] = 255  # background here
+    void[:, 3, 3:9] = 255  # object here
+    assert davis.jaccard(features, void) == [1]
+    wrong = torch.where(void == 255, 0, void)
+    wrong[0] = truth[0]
+    assert davis.jaccard(features, wrong) == pytest.approx([30 / 36])
+
+
+def toy_video(root, name, frames):
+    """A bright square that moves by 8 pixels a frame, in the layout of DAVIS-2017."""
+    for kind in ("JPEGImages", "Annotations"):
+        (root / kind / "480p" / name).mkdir(parents=True)
+    for t in range(frames):
+        mask = torch.zeros(128, 128, dtype=torch.uint8)
+        mask[32:80, 16 + 8 * t : 64 + 8 * t] = 1
+        TF.to_pil_image(200 * mask).save(root / f"JPEGImages/480p/{name}/{t:05}.jpg")
+        mask[30:32, 16 + 8 * t : 64 + 8 * t] = 255
+        TF.to_pil_image(mask).save(root / f"Annotations/480p/{name}/{t:05}.png")
+
+
+# Claim 47
+def test_davis_follows_an_object(tmp_path, capsys):
+    run = untrained(tmp_path / "run")
+    root = tmp_path / "DAVIS"
+    with pytest.raises(clever.UserError, match="val.txt not found"):
+        davis.main([str(run), str(root)])
+
+    (root / "ImageSets" / "2017").mkdir(parents=True)
+    (root / "ImageSets/2017/val.txt").write_text("toy\nshort\n")
+    toy_video(root, "toy", 6)
+    toy_video(root, "short", 2)
+    davis.main([str(run), str(root)])
+    output = capsys.readouterr().out
+    assert "short is left out" in output
+    section = json.loads((run / "eval.json").read_text())[f"davis.py {run} {root}"]
+    assert section["J mean"] > 0.7
+    assert list(section["videos"]) == ["toy"]
+    assert len(section["videos"]["toy"]) == 1
+
+    weights = f"--weights {run}/backbone.pt --arch vit_micro {root}".split()
+    davis.main(weights)
+    assert f"J mean {section['J mean']:.3f} of 1 objects" in capsys.readouterr().out
+
+
+# Claim 48
+def test_visualize_draws_a_row_for_each_map(labelled, tmp_path):  # noqa: F811
+    run = untrained(tmp_path / "run")
+    visualize.main([str(run), str(labelled / "train" / "a" / "00.jpg")])
+    sheet = TF.pil_to_tensor(Image.open(run / "visualize.png")) / 255
+    rows, columns = 7, 4  # image, all, IR, EF and 3 heads, at four turns; tiles of 128 px
+    assert sheet.shape == (3, rows * 144 + 16, columns * 144 + 16)
+    tiles = sheet[:, 16:, 16:].unflatten(2, (columns, 144)).unflatten(1, (rows, 144))
+    tiles = tiles[:, :, :128, :, :128]  # (3, rows, 128, columns, 128)
+    assert (tiles.std((0, 2, 4)) > 0.01).all()  # none is empty
+    upright, turned = tiles[:, 0, :, 0], tiles[:, 0, :, 3]
+    assert psnr(turned, upright.rot90(1, (1, 2))) > 40
+
+
+# Claim 48
+def test_the_attention_is_that_of_the_last_block(monkeypatch):
+    net = clever.build_backbone("vit_micro", 32)
+    attention = F.scaled_dot_product_attention
+    weights = []
+
+    def watched(q, k, v):
+        eye = torch.eye(k.shape[2]).expand(*k.shape[:2], -1, -1)
+        weights.append(attention(q, k, eye))  # (T, heads, 1 + n, 1 + n)
+        return attention(q, k, v)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    x = torch.randn(2, 3, 32, 32)
+    net(x)
+    close(visualize.last_attention(net, x), weights[3][:, :, 0, 1:], 1e-5)
