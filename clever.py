@@ -54,7 +54,6 @@ import torchvision
 import torchvision.transforms.functional as TF
 from PIL import Image, ImageOps
 from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
@@ -70,10 +69,7 @@ def split(z, ratio):
 
 
 class ProjectionHead(nn.Module):
-    """DINO's head h: features (..., in_dim) -> logits (..., K), their cosines with K prototypes.
-
-    Under autocast the cosines are rounded to bf16: after the division by 0.04, by up to 0.05.
-    """
+    """DINO's head h: features (..., in_dim) -> logits (..., K), their cosines with K prototypes."""
 
     def __init__(self, in_dim, out_dim=65536, hidden_dim=2048, bottleneck_dim=256):
         super().__init__()
@@ -90,7 +86,7 @@ class ProjectionHead(nn.Module):
     def forward(self, x):
         x = F.normalize(self.mlp(x), dim=-1)
         w = F.normalize(self.prototypes.weight, dim=-1)  # (K, bottleneck_dim)
-        return F.linear(x, w).to(w.dtype)
+        return F.linear(x, w).to(w.dtype)  # bf16 under autocast: off by up to 0.05 after / 0.04
 
 
 Output = collections.namedtuple("Output", "z logits")
@@ -160,14 +156,13 @@ def orthogonality_loss(
 ):
     """L_Orth, the mean of |cos(P'_i, Q'_j)|: views of one image differ in EF.
 
-    The arguments are those of `invariance_loss`, for h_EF. Softmaxes are never negative, so the
-    absolute value changes nothing; it is the paper's.
+    The arguments are those of `invariance_loss`, for h_EF.
     """
     P = sharpen(teacher, centre, teacher_temp)
     Q = F.softmax(student / student_temp, dim=-1)
     product = torch.einsum("gbk,vbk->gvb", P, Q)
     norms = P.norm(dim=-1)[:, None] * Q.norm(dim=-1)  # (G, 1, B) * (V, B) -> (G, V, B)
-    return mean_over_pairs((product / norms).abs())
+    return mean_over_pairs((product / norms).abs())  # abs changes nothing; it is the paper's
 
 
 def projector_regularization(head_ir, head_ef):
@@ -236,13 +231,13 @@ def train_step(run, views, step):
 
     # 5. The teacher follows the student, the centres follow the teacher's logits.
     with torch.no_grad():
-        average = get_ema_multi_avg_fn(run.momentum[step])
-        average(list(run.teacher.parameters()), list(run.student.parameters()), None)
+        for slow, fast in zip(run.teacher.parameters(), run.student.parameters()):
+            slow.lerp_(fast, 1 - run.momentum[step])
         for centre, logits in zip(run.centres, teacher.logits):
             mean = mean_over_processes(logits.mean((0, 1), dtype=centre.dtype))  # (K,)
             centre.lerp_(mean, 1 - CENTRE_MOMENTUM)
 
-    if (step + 1) % run.steps_per_epoch == 0:  # for `epoch_metrics`; clones free the local views
+    if (step + 1) % run.steps_per_epoch == 0:  # kept for `epoch_metrics`, global views only
         run.last = teacher, [logits[:2].detach().clone() for logits in student.logits]
     return {name: term.detach() for name, term in terms.items()}
 
@@ -270,33 +265,35 @@ class Config:
     ratio: float = option(0.8, "rho: the fraction of z that is IR; the rest is EF (dino: 1)")
     lambda_orth: float = option(1.0, "weight of L_Orth (not used by dino)")
     lambda_reg: float = option(0.001, "weight of L_PReg (not used by dino)")
-    training: str = option("", "module:Class, a subclass of Training, say with another loss")
-    arch: str = option("vit_tiny", "vit_micro, vit_small, resnet18, vmamba_tiny..., module:Class")
-    init: str = option("", "file of weights to start from; use a lower --lr with it")
+    training: str = option("", "module:Class, a subclass of Training with a loss of your own")
+    arch: str = option(
+        "vit_tiny", "vit_micro|tiny|small|base, resnet18|34|50|101, vmamba_tiny or module:Class"
+    )
+    init: str = option("", "file of weights to start from; also lower --lr")
     out_dim: int = option(65536, "prototypes K of the IR head; fewer help if the output is uniform")
     ef_out_dim: int = option(0, "prototypes K' of the EF head; 0 means as many as IR")
     hidden_dim: int = option(2048, "width of the heads' hidden layers")
     teacher_temp: float = option(0.04, "teacher temperature; lower it if the output is uniform")
     momentum: float = option(0.996, "initial teacher momentum; 0.98 for short runs")
     # views
-    aug: str = option("caug", "caug adds rotation, caug+ elastic too", ("baug", "caug", "caug+"))
+    aug: str = option("caug", "caug rotates, caug+ also deforms", ("baug", "caug", "caug+"))
     global_size: int = option(224, "pixels of the two global views")
     local_size: int = option(96, "pixels of the local views")
     local_views: int = option(8, "number of local views")
     global_scale: tuple = option((0.4, 1.0), "area of a global view, as a fraction of the image")
     local_scale: tuple = option((0.05, 0.4), "area of a local view, as a fraction of the image")
     # optimisation
-    epochs: int = option(200, "passes over the data; 0 means 20 or more, enough for 1000 steps")
+    epochs: int = option(200, "passes over the data; 0: at least 20, and at least 1000 steps")
     batch: int = option(512, "images per step, over all processes")
     lr: float = option(5e-4, "peak learning rate per 256 images: scaled by batch / 256")
     weight_decay: tuple = option((0.04, 0.4), "initial and final; biases and norms have none")
-    freeze_epochs: int = option(1, "epochs with frozen prototypes; raise it if the loss stays put")
+    freeze_epochs: int = option(1, "epochs with frozen prototypes; raise it if the loss stalls")
     drop_path: float = option(0.1, "stochastic depth of the student's last block (ViT, VMamba)")
     # run
     seed: int = option(0, "random seed")
     precision: str = option("auto", "auto is bf16 if the GPU has it", ("auto", "fp32", "bf16"))
     compile: bool = option(False, "torch.compile the networks, the loss and the augmentation")
-    resume: bool = option(False, "continue the run in --out; with --data, start it if need be")
+    resume: bool = option(False, "continue the run in --out; with --data, start it if it is new")
 
     def __post_init__(self):
         if self.method == "dino":
@@ -325,7 +322,7 @@ SMALL_IMAGES = dict(
 RECIPES = dict(
     paper=dict(),
     small=dict(SMALL_IMAGES, local_scale=(0.1, 0.4), momentum=0.98, epochs=0, freeze_epochs=0),
-    # In so short a run, frozen prototypes do a little better.
+    # In such a short run, frozen prototypes do slightly better.
     demo=dict(
         SMALL_IMAGES, global_scale=(0.5, 1), local_scale=(0.2, 0.5), epochs=12, freeze_epochs=12
     ),
@@ -434,10 +431,7 @@ def gaussian_matrix(size, sigma, radius):
 
 
 def elastic_shift(noise, alpha, sigma):
-    """torchvision's ElasticTransform: noise in [-1, 1] (B, 2, s, s) -> `shift` of `warp`.
-
-    alpha: strength, sigma: smoothness, both in pixels.
-    """
+    """torchvision's ElasticTransform: noise (B, 2, size, size) in [-1, 1] -> `shift` of `warp`."""
     size = noise.shape[-1]
     radius = min(size - 1, int(4 * sigma + 0.5))
     smooth = gaussian_matrix(size, noise.new_full((1,), sigma), radius)
@@ -488,10 +482,7 @@ def color_jitter(x, factors, order=(0, 1, 2, 3), operations=COLOUR_OPERATIONS):
 
 
 def normalize(x):
-    """Subtract ImageNet's mean and divide by its standard deviation: (B, 3, h, w).
-
-    torchvision's version checks the standard deviation for zeros, which waits for the GPU.
-    """
+    """torchvision's Normalize of images (B, 3, h, w), which would wait for the GPU to check STD."""
     return torch.stack([(x[:, c] - MEAN[c]) / STD[c] for c in range(3)], 1)
 
 
@@ -542,12 +533,12 @@ class MultiCrop(nn.Module):
         shape = uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()
         box = crop_box(area, shape, uniform(0, 1, 2), aspect)
         flip = chance(0.5)
-        angle = uniform(-90, 90)  # drawn for baug too, so that its other draws are the same
+        angle = uniform(-90, 90)  # drawn for baug too, which then draws the same as caug
         if cfg.aug == "baug":
             angle = torch.zeros_like(angle)
         shift = None
         if cfg.aug == "caug+":
-            # A generator of its own: on GPUs of another kind a large draw advances it differently.
+            # A separate generator: how far so large a draw advances it depends on the kind of GPU.
             own = generator(images.device, cfg.seed, "elastic", step, view)
             deformed = uniform(0, 1, gen=own) < 0.5
             noise = uniform(-1, 1, 2, size, size, gen=own)
@@ -594,13 +585,10 @@ def mlp(dim):
 
 
 def stochastic_depth(x, rate, training):
-    """Drop rows of a residual branch x (N, ...) with probability `rate` and scale up the others.
-
-    Draws for the rows of all processes and takes its own: the number of processes does not matter.
-    """
+    """Drop rows of a residual branch x (N, ...) with probability `rate` and scale up the others."""
     if rate == 0 or not training:
         return x
-    rank, world = distributed()
+    rank, world = distributed()  # as in `MultiCrop`, draw for the rows of all processes
     kept = torch.rand(world, len(x), device=x.device)[rank] >= rate  # (N,)
     scale = (kept / (1 - rate)).to(x.dtype)
     return x * scale.view(-1, *[1] * (x.dim() - 1))
@@ -679,7 +667,7 @@ class VisionTransformer(nn.Module):
 
 
 VIT = dict(
-    # With init_std 0.02 the blocks of so narrow a network would be nearly linear.
+    # With init_std 0.02, the blocks of such a narrow network would be nearly linear.
     vit_micro=dict(patch_size=8, embed_dim=96, depth=4, heads=3, init_std=0.06),
     vit_tiny=dict(patch_size=16, embed_dim=192, depth=12, heads=3),
     vit_small=dict(patch_size=16, embed_dim=384, depth=12, heads=6),
@@ -696,7 +684,7 @@ def build_backbone(arch, img_size, drop_path=0.0, **options):
     if ":" in arch:
         return import_class(arch)(drop_path=drop_path)
     if not re.fullmatch("resnet(18|34|50|101)", arch):
-        raise UserError(f"--arch {arch} is unknown; --help lists what there is")
+        raise UserError(f"--arch {arch} is unknown; --help lists the names")
 
     net = torchvision.models.get_model(arch)
     net.embed_dim = net.fc.in_features
@@ -722,9 +710,6 @@ def initial_backbone(cfg, drop_path=0.0):
     return backbone
 
 
-CLASSIFIER = re.compile(r"(head|fc|projector|classifier\.head)\b")
-
-
 def read_weights(path):
     """The tensors of a backbone, by name, from a run, timm, torchvision, DINO or a similar project.
 
@@ -741,7 +726,8 @@ def read_weights(path):
     is_whole_model = any("backbone." in name for name in state)  # with heads beside the backbone
     for name, value in state.items():
         name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
-        if name.startswith("backbone.") == is_whole_model and not CLASSIFIER.match(name):
+        is_classifier = re.match(r"(head|fc|projector|classifier\.head)\b", name)
+        if name.startswith("backbone.") == is_whole_model and not is_classifier:
             tensors[name.removeprefix("backbone.")] = value
         if not value.isfinite().all():
             raise UserError(f"{path}: {name} is not finite")
@@ -766,7 +752,7 @@ def draw_patterns(count, seed, side=32):
     """Two-tone periodic patterns: bytes (count, 3, side, side), labels (count,), ten class names.
 
     None is symmetric under a quarter turn, so each image has a true orientation. The greys hardly
-    vary: random ones would be a shortcut, which the network takes.
+    vary: otherwise the network could tell images apart by their brightness.
     """
     gen = generator("cpu", seed, "patterns")
 
@@ -785,7 +771,6 @@ def draw_patterns(count, seed, side=32):
     b = along % 1
     row = along.floor() % 2  # 0, 1, 0, 1, ... period by period
     zigzag = (2 * a - 1).abs()  # 1, 0, 1 from a = 0 to a = 1
-    wave = torch.sin(2 * math.pi * across)
     width = uniform(0.4, 0.48)  # of a stripe
 
     bright = dict(
@@ -793,7 +778,7 @@ def draw_patterns(count, seed, side=32):
         zigzag=(along + zigzag / 2) % 1 < width,
         bricks=(2 * along % 1 > width / 2)
         & ((across + (2 * along).floor() % 2 / 2) % 1 > width / 3),
-        waves=(along + 0.15 * wave) % 1 < width,
+        waves=(along + 0.15 * torch.sin(2 * math.pi * across)) % 1 < width,
         dashes=(b < width) & ((across + row / 2) % 1 < 0.65),
         triangles=b > zigzag + 0.3 - width / 2,
         ellipses=((a - 0.5) / 0.45) ** 2 + ((b - 0.5) / (0.5 * width)) ** 2 < 1,
@@ -809,8 +794,8 @@ def draw_patterns(count, seed, side=32):
     light = uniform(0.86, 0.88)[..., None]
     image = dark + (light - dark) * image
     image = image + 0.02 * torch.randn(image.shape, generator=gen)
-    pixels = (image.clamp(0, 1) * 255).byte()
-    return pixels.expand(-1, 3, -1, -1).contiguous(), labels, list(bright)
+    pixels = (image.clamp(0, 1) * 255).byte().expand(-1, 3, -1, -1).contiguous()
+    return pixels, labels, list(bright)
 
 
 def squash(pixels, side):
@@ -882,8 +867,7 @@ class Images(Dataset):
         if torch.is_tensor(self.images):
             return "in memory"
         root = os.path.commonpath(self.images)
-        names = "\n".join(os.path.relpath(path, root) for path in self.images)
-        return hashlib.sha256(os.fsencode(names)).hexdigest()
+        return seed_of(*[path.removeprefix(root) for path in self.images])
 
     def stream(self, batches, device, workers, replace=False):
         """For each list of indices, yield bytes (B, 3, S, S), aspect (B,) and i (B,)."""
@@ -912,7 +896,7 @@ class Images(Dataset):
 
 
 def end_if_hanging():
-    """End the process after LOADER_TIMEOUT: workers that hang would otherwise hang it for ever."""
+    """End the process after LOADER_TIMEOUT; DataLoader's own timeout misses stopped workers."""
     faulthandler.dump_traceback_later(LOADER_TIMEOUT, exit=True, file=sys.__stderr__)
 
 
@@ -926,7 +910,7 @@ def collate(items):
 
 
 def ignore_signals(_):
-    """A stop signal is for the main process: workers finish the step that is under way."""
+    """Stop signals are for the main process: workers must still deliver its current step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -940,39 +924,35 @@ def load_images(data, side):
     elif not Path(data, "train").is_dir():
         return Images(side, *load_folder(Path(data), labelled=False)), None
     elif not Path(data, "val").is_dir():
-        raise UserError(f"--data {data} has train/ but no val/; for no labels, pass {data}/train")
+        raise UserError(f"--data {data} has train/ but no val/; if unlabelled, pass {data}/train")
     else:
         train, val = load_folder(Path(data, "train")), load_folder(Path(data, "val"))
 
     train, val = Images(side, *train), Images(side, *val)
     if train.classes != val.classes:
-        differ = sorted(set(train.classes) ^ set(val.classes))
-        raise UserError(f"--data {data}: train/ and val/ do not both have the classes {differ}")
+        difference = sorted(set(train.classes) ^ set(val.classes))
+        raise UserError(f"--data {data}: only one of train/ and val/ has the classes {difference}")
     return train, val
 
 
 def load_cifar(name, train):
     """torchvision's copy in .data, downloaded on first use by one process of each machine."""
-    first = int(os.environ.get("LOCAL_RANK", "0")) == 0
-    if not first:
-        barrier()
-    cifar = getattr(torchvision.datasets, name.upper())(".data", train=train, download=True)
-    if first:
-        barrier()
+    dataset = getattr(torchvision.datasets, name.upper())
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        dataset(".data", download=True)
+    if dist.is_initialized():
+        dist.barrier()
+    cifar = dataset(".data", train=train)
     pixels = torch.from_numpy(cifar.data).permute(0, 3, 1, 2).contiguous()  # (N, 3, 32, 32)
     return pixels, cifar.targets, cifar.classes
 
 
-SUFFIXES = {".jpg", ".jpeg", ".jpe", ".jfif", ".jp2", ".png", ".gif", ".bmp", ".ppm", ".pgm"}
-SUFFIXES |= {".tif", ".tiff", ".webp", ".avif"}
-SUFFIXES &= Image.registered_extensions().keys()  # some need a library that Pillow may lack
+FORMATS = {"JPEG", "JPEG2000", "PNG", "GIF", "BMP", "PPM", "TIFF", "WEBP", "AVIF"}
+SUFFIXES = {suffix for suffix, name in Image.registered_extensions().items() if name in FORMATS}
 
 
 def load_folder(root, labelled=True):
-    """The images in root/<class>/, where a class may be a link; without labels, all below root.
-
-    Returns their paths, labels, the classes and the number of other files.
-    """
+    """The images in root/<class>/, where a class may be a link; without labels, all below root."""
     classes = [""]
     if labelled:
         entries = [entry for entry in root.iterdir() if not entry.name.startswith(".")]
@@ -992,23 +972,17 @@ def load_folder(root, labelled=True):
 
 
 def find_images(folder):
-    """The paths of the images below a folder, sorted, and the number of other files.
-
-    Hidden files and folders do not count. Links to folders are not followed: they might loop.
-    """
+    """The images below a folder, sorted, and the number of other files, without hidden ones."""
 
     def cannot_list(error):
         raise UserError(f"cannot list {error.filename}: {error.strerror}")
 
-    paths, others = [], 0
-    for parent, folders, names in os.walk(folder, onerror=cannot_list):
+    files = []
+    for parent, folders, names in os.walk(folder, onerror=cannot_list):  # follows no links
         folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            if Path(name).suffix.lower() in SUFFIXES and not name.startswith("."):
-                paths.append(os.path.join(parent, name))
-            else:
-                others += 1
-    return sorted(paths), others
+        files += [os.path.join(parent, name) for name in names if not name.startswith(".")]
+    images = [file for file in files if Path(file).suffix.lower() in SUFFIXES]
+    return sorted(images), len(files) - len(images)
 
 
 def batches(count, cfg, start, stop):
@@ -1024,7 +998,7 @@ def batches(count, cfg, start, stop):
 
 
 # ==================================================================================================
-# 8. Collapse: what each part's features and outputs still tell apart
+# 8. Collapse: do features and outputs still differ between images and between views?
 # ==================================================================================================
 
 
@@ -1062,16 +1036,13 @@ def collapse_metrics(features, P, Q):
     return {name: float(value) for name, value in metrics.items()}
 
 
-TRIVIAL = (
-    "EF IS TRIVIAL: its output ignores the view. This is a known property of L_Orth, "
-    'not a fault of your run: see README, "The equivariant factor".'
-)
-
-
 def collapse_alarm(part, m, K):
     """What `collapse_metrics` m of a part with K prototypes say, and what to try; else ""."""
     if part == "EF" and m["own"] - m["other_view"] < 0.05:
-        return TRIVIAL
+        return (
+            "EF IS TRIVIAL: its output ignores the view. This is a known property of L_Orth, "
+            'not a fault of your run: see README, "The equivariant factor".'
+        )
     if part == "IR" and m["entropy"] > 0.99 * math.log(K):
         return "COLLAPSE of IR: uniform output. Lower --teacher-temp, --out-dim, --momentum, --lr."
     if "rank" not in m:
@@ -1090,11 +1061,12 @@ def epoch_metrics(run):
     teacher, student_logits = run.last
     run.last = None
     metrics = {}
-    for i, part in enumerate(("IR", "EF")[: len(run.centres)]):
-        features = gather(split(teacher.z, run.cfg.ratio)[i])  # (G, B, d) of all processes
-        P = gather(sharpen(teacher.logits[i], run.centres[i], run.cfg.teacher_temp))
-        Q = gather(F.softmax(student_logits[i] / STUDENT_TEMP, dim=-1))
-        values = collapse_metrics(features, P, Q)
+    z = split(teacher.z, run.cfg.ratio)  # each (G, B, d)
+    parts = zip(("IR", "EF"), z, run.centres, teacher.logits, student_logits)
+    for part, features, centre, teacher_part, student_part in parts:
+        P = sharpen(teacher_part, centre, run.cfg.teacher_temp)
+        Q = F.softmax(student_part / STUDENT_TEMP, dim=-1)
+        values = collapse_metrics(gather(features), gather(P), gather(Q))  # of all processes
         metrics.update({f"{part}_{name}": value for name, value in values.items()})
 
         alarm = collapse_alarm(part, values, P.shape[-1])
@@ -1108,9 +1080,9 @@ def epoch_metrics(run):
 # 9. The training loop
 # ==================================================================================================
 
-LOG_EVERY = 10  # steps; reading a loss synchronises with the GPU
+LOG_EVERY = 10  # steps; reading a loss synchronises with the GPU. Stop signals are read here too
 SAVE_EVERY = 300  # seconds; a checkpoint is also written when a run stops or ends
-FEW_STEPS = 500  # fewer teach little
+FEW_STEPS = 500  # a run with fewer prints a warning
 
 
 def setup():
@@ -1129,11 +1101,6 @@ def setup():
 def distributed():
     """(rank, world) of this process; (0, 1) without a process group."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def mean_over_processes(x):
@@ -1187,6 +1154,7 @@ class Training:
         self.steps_per_epoch = steps_per_epoch
         self.steps = cfg.epochs * steps_per_epoch
         self.step = 0
+        self.digest = ""  # of the data
         self.last = None  # what `epoch_metrics` needs of an epoch's last step
         self.watched = {"IR", "EF"}  # the parts whose collapse is reported
         self.augment = MultiCrop(cfg)
@@ -1195,9 +1163,8 @@ class Training:
         self.student = CLeVER(cfg, cfg.drop_path).to(device)
         self.teacher = CLeVER(cfg).to(device).requires_grad_(False)
         self.teacher.load_state_dict(self.student.state_dict())
-        self.centres = [
-            torch.zeros(head.prototypes.out_features, device=device) for head in self.student.heads
-        ]
+        widths = [head.prototypes.out_features for head in self.student.heads]
+        self.centres = [torch.zeros(K, device=device) for K in widths]
 
         decayed = [p for p in self.student.parameters() if p.ndim > 1]
         others = [p for p in self.student.parameters() if p.ndim <= 1]  # biases and norms
@@ -1211,9 +1178,8 @@ class Training:
         if dist.is_initialized() and self.device.type == "cuda":
             for net in (self.student, self.teacher):
                 nn.SyncBatchNorm.convert_sync_batchnorm(net)  # in place
-        self.clever_loss = clever_loss
         if cfg.compile:
-            self.clever_loss = torch.compile(clever_loss)
+            self.loss = torch.compile(self.loss)
             for net in (self.student, self.teacher):
                 for module in (net.backbone, *net.heads):
                     module.compile(dynamic=False)
@@ -1224,39 +1190,38 @@ class Training:
     def loss(self, student, teacher):
         """The named terms of the loss. student, teacher: `Output` for V and for G views."""
         heads = self.student.heads
-        return self.clever_loss(self.cfg, student.logits, teacher.logits, self.centres, heads)
+        return clever_loss(self.cfg, student.logits, teacher.logits, self.centres, heads)
 
 
-def save(run, data, out):
+def save(run, out):
     """Write checkpoint.pt and backbone.pt, on rank 0. A kill while writing leaves the old ones."""
     if distributed()[0] > 0:
         return
     if not all(p.isfinite().all() for p in run.student.parameters()):
-        raise UserError(f"a weight is not finite at step {run.step}; the last checkpoint is older")
+        raise UserError(f"a weight is not finite at step {run.step}; the older checkpoint is kept")
     checkpoint = dict(
         student=run.student.state_dict(),
         teacher=run.teacher.state_dict(),
         optimizer=run.optimizer.state_dict(),
         centres=run.centres,
         step=run.step,
-        digest=data.digest(),
+        digest=run.digest,
     )
     backbone = {name: value.cpu() for name, value in run.teacher.backbone.state_dict().items()}
-    for name, state in (("backbone.pt", backbone), ("checkpoint.pt", checkpoint)):
-        new = out / f"{name}.{os.getpid()}.tmp"
-        torch.save(state, new)
-        os.replace(new, out / name)
+    states = {"backbone.pt": backbone, "checkpoint.pt": checkpoint}
+    for name, state in states.items():
+        torch.save(state, out / f"{name}.{os.getpid()}.tmp")
+    for name in states:
+        os.replace(out / f"{name}.{os.getpid()}.tmp", out / name)
 
 
-def restore(run, data, out):
+def restore(run, out):
     """Continue from checkpoint.pt, if there is one. No code in the file is run."""
     path = out / "checkpoint.pt"
-    if not path.exists():
-        if (out / "backbone.pt").exists():
-            raise UserError(f"{path} is missing: the run cannot be continued")
-        return
+    if not path.exists() and not (out / "backbone.pt").exists():
+        return  # a new run
     checkpoint = torch.load(path, map_location=run.device, weights_only=True)
-    if checkpoint["digest"] != data.digest():
+    if checkpoint["digest"] != run.digest:
         raise UserError(f"--data {run.cfg.data} holds other files than when {out} was started")
     run.student.load_state_dict(checkpoint["student"])
     run.teacher.load_state_dict(checkpoint["teacher"])
@@ -1296,24 +1261,20 @@ def open_folder(cfg):
 @contextlib.contextmanager
 def stop_signals():
     """Collect SIGTERM and Ctrl-C, so the loop can save and end; a second Ctrl-C ends at once."""
-    received = []
-    if threading.current_thread() is not threading.main_thread():  # Python has no handlers there
-        yield received
-        return
+    received, previous = [], {}
 
     def note(number, frame):
         received.append(number)
-        signal.signal(signal.SIGINT, previous[signal.SIGINT])
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    numbers = (signal.SIGTERM, signal.SIGINT)
-    previous = {number: signal.getsignal(number) for number in numbers}
-    for number in numbers:
-        signal.signal(number, note)
+    if threading.current_thread() is threading.main_thread():  # only it may set handlers
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, note)
     try:
         yield received
     finally:
-        for number in numbers:
-            signal.signal(number, previous[number])
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def start(cfg, data, device):
@@ -1329,16 +1290,18 @@ def start(cfg, data, device):
     kind = import_class(cfg.training) if cfg.training else Training
     run = kind(cfg, steps_per_epoch, device)
     out = open_folder(cfg)
-    restore(run, data, out)
+    run.digest = data.digest()
+    restore(run, out)
 
     million = sum(p.numel() for p in run.student.backbone.parameters()) / 1e6
     report(f"{cfg.method}, {cfg.arch} ({million:.1f}M parameters), {cfg.aug}, {world} x {device}")
     classes = f"in {len(data.classes)} classes" if len(data.classes) > 1 else "without labels"
     report(f"{cfg.data}: {len(data)} images {classes}; {data.ignored} other files ignored")
-    report(f"{cfg.epochs} epochs of {steps_per_epoch} steps of {cfg.batch} images, from {run.step}")
+    steps = f"{cfg.epochs} epochs x {steps_per_epoch} steps x {cfg.batch} images"
+    report(f"{steps}, from step {run.step}")
     report(f"peak lr {max(run.lr):.2g}, precision {cfg.precision}; writes to {out}")
     if run.steps < FEW_STEPS:
-        report(f"warning: {run.steps} steps teach little; raise --epochs or lower --batch")
+        report(f"warning: {run.steps} steps are few; raise --epochs or lower --batch")
     return run, out
 
 
@@ -1348,7 +1311,8 @@ def train(cfg, data, device):
     cfg = run.cfg
     rank, _ = distributed()
     first_step = run.step
-    began = saved = time.monotonic()
+    began = time.monotonic()
+    saved = began
     recent = []  # loss terms since the last line of the log
     steps = batches(len(data), cfg, run.step, run.steps)
     stream = data.stream(steps, device, cfg.workers, replace=True)
@@ -1372,7 +1336,7 @@ def train(cfg, data, device):
                 stop = torch.tensor(float(len(signals)), device=device)
                 stop = mean_over_processes(stop) > 0  # all processes stop at the same step
                 if stop or run.step == run.steps or time.monotonic() - saved > SAVE_EVERY:
-                    save(run, data, out)
+                    save(run, out)
                     saved = time.monotonic()
                 if stop:
                     report(f"stopped at step {run.step}; continue with --out {out} --resume")
@@ -1381,16 +1345,12 @@ def train(cfg, data, device):
 
 
 def log(run, recent, steps_per_second, out):
-    """Add a line to log.jsonl: mean loss terms and, at an epoch's end, the collapse metrics.
-
-    recent: the loss terms since the last line. Returns a short text for the progress bar.
-    """
-    terms = torch.stack([torch.stack(list(terms.values())) for terms in recent])  # (steps, terms)
-    line = dict(zip(recent[0], mean_over_processes(terms.mean(0)).tolist()))
+    """Add the means of recent loss terms to log.jsonl; return them as text for the progress bar."""
+    rows = [torch.stack(list(terms.values())) for terms in recent]  # one for each step
+    mean = mean_over_processes(torch.stack(rows).mean(0))
+    line = dict(zip(recent[0], mean.tolist()))
     if not math.isfinite(line["loss"]):
-        raise UserError(
-            f"not finite at step {run.step}: {line}; try a lower --lr, --precision fp32"
-        )
+        raise UserError(f"not finite at step {run.step}: {line}; try a lower --lr")
 
     epoch = run.step / run.steps_per_epoch
     speed = steps_per_second * run.cfg.batch
@@ -1428,10 +1388,7 @@ def disc(size, device):
 
 
 def columns(D, ratio):
-    """The dimensions of each part of z, by name; DINO has only "all".
-
-    "random" is the control of EF: as many dimensions, drawn from all of z.
-    """
+    """The dimensions of each part of z, by name. "random", as many as EF, is its control."""
     z = torch.arange(D)
     z_ir, z_ef = split(z, ratio)
     if len(z_ef) == 0:
@@ -1452,7 +1409,7 @@ def knn(bank, labels, queries, classes, k=20, temperature=0.07):
 
 
 def accuracy(scores, labels, k=1):
-    """Top-k accuracy in % of scores (N, C) and labels (N,). A tie, no vote and NaN are no hit."""
+    """Top-k accuracy in % of scores (N, C), labels (N,). Of equal scores the label's comes last."""
     own = scores.gather(1, labels[:, None])  # (N, 1)
     rank = (~(scores < own)).sum(1)  # from 1
     return 100 * float((rank <= k).double().mean())
@@ -1478,7 +1435,7 @@ def ridge_r2(x, angle, x_test, angle_test, penalty=0.01):
 
 @torch.no_grad()
 def extract(backbone, cfg, data, count, device):
-    """z (N, D) of at most `count` images, upright and rotated; their angles (N,) and labels (N,).
+    """z (N, D) of `count` images, upright and rotated; their angles (N,) and labels (N,).
 
     All are cut to the inscribed disc: the black corners of a rotated square give its angle away.
     """
@@ -1494,7 +1451,8 @@ def extract(backbone, cfg, data, count, device):
             z.append(backbone.forward(view).float())  # not compiled, for one pass
         index.append(shown)
     index = torch.cat(index)
-    return torch.cat(upright), torch.cat(rotated), angles[index], data.labels[index].to(device)
+    angle, label = angles[index].to(device), data.labels[index].to(device)
+    return torch.cat(upright), torch.cat(rotated), angle, label
 
 
 def probe(backbone, cfg, data, val, device):
@@ -1507,26 +1465,20 @@ def probe(backbone, cfg, data, val, device):
         for name, queries in (("k-NN, upright", upright), ("k-NN, rotated", rotated)):
             votes = knn(bank[:, dims], labels, queries[:, dims], len(data.classes))
             results[name][part] = accuracy(votes, truth)
-        r2 = ridge_r2(
-            bank_rotated[:, dims], bank_angle.to(device), rotated[:, dims], angle.to(device)
-        )
+        r2 = ridge_r2(bank_rotated[:, dims], bank_angle, rotated[:, dims], angle)
         results["R2 of the angle"][part] = r2
     return results
 
 
 def compare(cfg, data, val, device, initial, trained):
-    """Print and return what two backbones know, the one before and the one after training.
-
-    An untrained ResNet has the initial statistics of its batch norms, which flatters training.
-    """
-    before, after = (probe(backbone, cfg, data, val, device) for backbone in (initial, trained))
+    """Print and return what a backbone knew before training and what it knows after."""
+    before = probe(initial, cfg, data, val, device)  # a ResNet's batch norms have no statistics yet
+    after = probe(trained, cfg, data, val, device)
     rows = []
     for name, values in after.items():
         cells = [f"{before[name][part]:#.3g} -> {value:#.3g}" for part, value in values.items()]
         rows.append([name, *cells])
-    report(
-        "\nOn test images, cut to a disc. k-NN accuracy in %; R2: 1 is exact, 0 knows nothing.\n"
-    )
+    report("\nTest images, cut to a disc. k-NN: accuracy in %. R2: 1 is exact, 0 knows nothing.\n")
     print_table(["initial -> trained", *values], rows)
     return dict(before=before, after=after)
 
@@ -1542,17 +1494,13 @@ def print_table(head, rows):
 # 11. The command line
 # ==================================================================================================
 
-RESUME_MAY_CHANGE = {"data", "init", "out", "workers", "resume"}
-
 
 def parse(argv=None):
     """The `Config` that a command line asks for: its options over those of a preset or of a run."""
     parser = argparse.ArgumentParser(
-        "clever.py",
         usage="clever.py [options]",
-        description="In brackets: the paper's values, the defaults for a folder of images.",
+        description="In brackets: the defaults for a folder of images, which are the paper's.",
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
     for field in dataclasses.fields(Config):
         kind = dict(type=field.type, choices=field.metadata["choices"])
@@ -1560,19 +1508,20 @@ def parse(argv=None):
             kind = dict(type=float, nargs=2)
         if field.type is bool:
             kind = dict(action="store_true")
-        help = f"{field.metadata['help']} [{field.default}]"
+        help = field.metadata["help"] + (f" [{field.default}]" if field.default != "" else "")
         parser.add_argument(flag(field.name), help=help, **kind)
     given = vars(parser.parse_args(argv))
 
-    if given.get("resume") and Path(given.get("out", ""), "config.json").exists():
-        started = load_config(given["out"])
+    out = given.get("out", "")
+    if "resume" in given and not out:
+        raise UserError("--resume needs --out, the folder of the run")
+    if "resume" in given and ("data" not in given or Path(out, "config.json").exists()):
+        started = load_config(out)
         cfg = dataclasses.replace(started, **given)
-        for name in given.keys() - RESUME_MAY_CHANGE:
+        for name in given.keys() - {"data", "init", "out", "workers", "resume"}:
             if getattr(cfg, name) != getattr(started, name):
                 raise UserError(f"{flag(name)} was {getattr(started, name)} in this run; remove it")
         return cfg
-    if given.get("resume") and not ("data" in given and "out" in given):
-        raise UserError("--resume needs the --out of a run, or --data and --out to start one")
 
     recipe = given.get("recipe", "auto")
     if recipe == "auto":
@@ -1612,7 +1561,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.modules["clever"] = sys.modules["__main__"]  # what --arch and --training import from clever
+    sys.modules["clever"] = sys.modules["__main__"]  # for your own modules that import clever
     try:
         main()
     except UserError as error:
