@@ -1175,7 +1175,10 @@ class Training:
         self.weight_decay = cosine_schedule(*cfg.weight_decay, self.steps)
         self.momentum = cosine_schedule(cfg.momentum, 1.0, self.steps)
 
-        if dist.is_initialized() and self.device.type == "cuda":
+        if distributed()[1] > 1 and self.device.type == "cuda":
+            has_batch_norm = any(isinstance(m, nn.BatchNorm2d) for m in self.student.modules())
+            if has_batch_norm and cfg.compile:  # past torch's limit of recompilations
+                raise UserError("--compile does not support batch norm on several GPUs")
             for net in (self.student, self.teacher):
                 nn.SyncBatchNorm.convert_sync_batchnorm(net)  # in place
         if cfg.compile:

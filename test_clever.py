@@ -235,6 +235,7 @@ def flags(out, *more, **options):
 def child(words, folder, fault, env):
     """The body of a process: clever.py's main after a fault, with its output in a file."""
     os.chdir(folder)
+    multiprocessing.set_start_method("fork", force=True)  # starts a loader's workers at once
     output = os.open("output", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     for number in (1, 2):
         os.dup2(output, number)
@@ -1166,10 +1167,9 @@ def die_soon(*_):
 
 
 def terminate_all(*_):
-    """An action: this process and its workers receive SIGTERM, as from a scheduler."""
-    for process in multiprocessing.active_children():
-        os.kill(process.pid, TERM)
-    signal.raise_signal(TERM)
+    """An action: this process and its workers receive SIGTERM from another one, a scheduler."""
+    pids = [process.pid for process in multiprocessing.active_children()]
+    subprocess.run(["kill", *map(str, [*pids, os.getpid()])])
 
 
 def spoil(name, run, *_):
@@ -1251,15 +1251,11 @@ def stop_workers(*_):
         os.kill(pid, signal.SIGSTOP)
 
 
-def workers_hang():
-    multiprocessing.set_start_method("fork", force=True)  # which takes much less than 10 seconds
-    before("clever.train_step", 2, stop_workers, LOADER_TIMEOUT=10)
-
-
 # Claim 27
 def test_workers_that_hang_end_the_run(photos, tmp_path):
+    fault = partial(before, "clever.train_step", 2, stop_workers, LOADER_TIMEOUT=10)
     command = flags("run", data=photos, workers=1)
-    assert finish(start(command, tmp_path, workers_hang)) == [1]
+    assert finish(start(command, tmp_path, fault)) == [1]
     assert "Timeout (0:00:10)" in (tmp_path / "output").read_text()
     for pid in json.loads(Path("pids").read_text()):
         os.kill(pid, KILL)

@@ -84,6 +84,7 @@ check evaluation 20 timeout 60 python eval_linear.py "$work/demo" --quick --epoc
 check fine_tuning 3 timeout 40 python eval_linear.py "$work/demo" --finetune --labels 0.1 --epochs 1
 check features_on_cpu 1 env CUDA_VISIBLE_DEVICES= timeout 60 \
     python eval_linear.py "$work/demo" --features "$work/photos/val"
+check visualize 1 timeout 40 python extras/visualize.py "$work/demo" "$work/photos/val/0/0.jpg"
 check host 6 timeout 60 python extras/gpu_check.py host
 check svdvals 3 timeout 60 python extras/gpu_check.py svdvals
 check vit_tiny 5 timeout 70 python extras/speed.py "${vit_tiny[@]}"
