@@ -870,7 +870,10 @@ class Images(Dataset):
         return seed_of(*[path.removeprefix(root) for path in self.images])
 
     def stream(self, batches, device, workers, replace=False):
-        """For each list of indices, yield bytes (B, 3, S, S), aspect (B,) and i (B,)."""
+        """For each list of indices, yield bytes (B, 3, S, S), aspect (B,) and i (B,).
+
+        Close the stream after use, also on an error: the workers end with it.
+        """
         self.replace = replace
         if torch.is_tensor(self.images):
             workers = 0
@@ -1040,7 +1043,7 @@ def collapse_alarm(part, m, K):
     """What `collapse_metrics` m of a part with K prototypes say, and what to try; else ""."""
     if part == "EF" and m["own"] - m["other_view"] < 0.05:
         return (
-            "EF IS TRIVIAL: its output ignores the view. This is a known property of L_Orth, "
+            "EF IS TRIVIAL: its output ignores the view. With L_Orth this is a known property, "
             'not a fault of your run: see README, "The equivariant factor".'
         )
     if part == "IR" and m["entropy"] > 0.99 * math.log(K):
@@ -1446,13 +1449,14 @@ def extract(backbone, cfg, data, count, device):
     angles = torch.rand(len(data), generator=generator("cpu", "angles")) * 180 - 90  # of each image
     stream = data.stream([chunk.tolist() for chunk in rows.split(CHUNK)], device, cfg.workers)
     upright, rotated, index = [], [], []
-    for images, aspect, shown in stream:
-        zero = torch.zeros(len(shown), device=device)
-        for z, angle in ((upright, zero), (rotated, angles[shown].to(device))):
-            view = centre_view(images, aspect, cfg.global_size, zero.bool(), angle)
-            view = normalize(view * disc(cfg.global_size, device))
-            z.append(backbone.forward(view).float())  # not compiled, for one pass
-        index.append(shown)
+    with contextlib.closing(stream):
+        for images, aspect, shown in stream:
+            zero = torch.zeros(len(shown), device=device)
+            for z, angle in ((upright, zero), (rotated, angles[shown].to(device))):
+                view = centre_view(images, aspect, cfg.global_size, zero.bool(), angle)
+                view = normalize(view * disc(cfg.global_size, device))
+                z.append(backbone.forward(view).float())  # not compiled, for one pass
+            index.append(shown)
     index = torch.cat(index)
     angle, label = angles[index].to(device), data.labels[index].to(device)
     return torch.cat(upright), torch.cat(rotated), angle, label

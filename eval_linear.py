@@ -23,6 +23,7 @@ Shapes: B images, N rows, F features, the last D of them z, C classes.
 """
 
 import argparse
+import contextlib
 import copy
 import json
 import math
@@ -252,8 +253,9 @@ def keep_fraction(data, args):
         chunks = [chunk.tolist() for chunk in rows.split(CHUNK)]
         stream = data.stream(chunks, torch.device("cpu"), args.workers)
         readable[rows] = False
-        for _, _, index in stream:
-            readable[index] = True
+        with contextlib.closing(stream):
+            for _, _, index in stream:
+                readable[index] = True
         if readable[rows].all():
             return keep_rows(data, rows)
 
@@ -285,11 +287,13 @@ def compute_features(model, data, **perturbation):
     chunks = [chunk.tolist() for chunk in torch.arange(len(data)).split(CHUNK)[rank::world]]
     stream = data.stream(chunks, model.device, model.cfg.workers)
     hidden = True if rank > 0 else None  # None: shown only on a terminal
-    for images, aspect, index in tqdm(stream, None, len(chunks), leave=False, disable=hidden):
-        gen = generator("cpu", "test views", int(index[0]) // CHUNK)
-        view = make_view(images, aspect, model.cfg.global_size, gen, **perturbation)
-        features[index] = model(view)
-        readable[index] = 1
+    bar = tqdm(stream, None, len(chunks), leave=False, disable=hidden)
+    with contextlib.closing(stream):
+        for images, aspect, index in bar:
+            gen = generator("cpu", "test views", int(index[0]) // CHUNK)
+            view = make_view(images, aspect, model.cfg.global_size, gen, **perturbation)
+            features[index] = model(view)
+            readable[index] = 1
 
     if world > 1:  # the rows of the other processes are zero here
         dist.all_reduce(features)
@@ -376,22 +380,23 @@ def train_probes(args, model, data, bank):
     stream = training_batches(args, model, data, bank, rows, batch, steps)
     hidden = True if rank > 0 else None
     bar = tqdm(stream, "train", steps, leave=False, disable=hidden)
-    for step, (z, labels) in enumerate(bar, 1):
-        losses = []
-        for (part, _), head in heads.items():
-            scores = head(z[:, model.linear_columns[part]])
-            losses.append(F.cross_entropy(scores, labels))
-        optimizer.zero_grad()
-        sum(scale * loss for scale, loss in zip(scales, losses)).backward()
-        for group in optimizer.param_groups:
-            for weight in group["params"]:
-                clever.mean_over_processes(weight.grad)
-        optimizer.step()
-        schedule.step()
+    with contextlib.closing(stream):
+        for step, (z, labels) in enumerate(bar, 1):
+            losses = []
+            for (part, _), head in heads.items():
+                scores = head(z[:, model.linear_columns[part]])
+                losses.append(F.cross_entropy(scores, labels))
+            optimizer.zero_grad()
+            sum(scale * loss for scale, loss in zip(scales, losses)).backward()
+            for group in optimizer.param_groups:
+                for weight in group["params"]:
+                    clever.mean_over_processes(weight.grad)
+            optimizer.step()
+            schedule.step()
 
-        if step % steps_per_epoch == 0 and not args.quick:
-            mean = sum(losses) / len(losses)
-            report(f"epoch {step // steps_per_epoch}/{args.epochs}  loss {mean:.4f}")
+            if step % steps_per_epoch == 0 and not args.quick:
+                mean = sum(losses) / len(losses)
+                report(f"epoch {step // steps_per_epoch}/{args.epochs}  loss {mean:.4f}")
 
     model.requires_grad_(False)
     return choose_rates(model, heads, bank[held], data.labels[held].to(model.device))

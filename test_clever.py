@@ -148,6 +148,7 @@ TINY = dict(
 def same_start(monkeypatch, tmp_path):
     """A test starts in an empty folder with one thread and seed 0, and leaves no process behind."""
     monkeypatch.chdir(tmp_path)
+    signal.signal(INT, signal.default_int_handler)  # a shell's background ignores Ctrl-C
     torch.set_num_threads(1)
     torch.manual_seed(0)
     yield
@@ -235,6 +236,7 @@ def flags(out, *more, **options):
 def child(words, folder, fault, env):
     """The body of a process: clever.py's main after a fault, with its output in a file."""
     os.chdir(folder)
+    signal.signal(INT, signal.default_int_handler)
     multiprocessing.set_start_method("fork", force=True)  # starts a loader's workers at once
     output = os.open("output", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     for number in (1, 2):
@@ -2042,3 +2044,16 @@ def test_the_attention_is_that_of_the_last_block(monkeypatch):
     x = torch.randn(2, 3, 32, 32)
     net(x)
     close(visualize.last_attention(net, x), weights[3][:, :, 0, 1:], 1e-5)
+
+
+# Claim 43
+def test_ctrl_c_ends_an_evaluation_and_its_workers(labelled, tmp_path):
+    run = untrained(tmp_path / "run", labelled)
+    command = [sys.executable, HERE / "eval_linear.py", run, "--workers", "1", "--epochs", "9999"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        if line.startswith("epoch"):
+            break
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode != 0 and "KeyboardInterrupt" in output
