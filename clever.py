@@ -277,13 +277,13 @@ class Config:
     momentum: float = option(0.996, "initial teacher momentum; 0.98 for short runs")
     # views
     aug: str = option("caug", "caug rotates, caug+ also deforms", ("baug", "caug", "caug+"))
-    global_size: int = option(224, "pixels of the two global views")
-    local_size: int = option(96, "pixels of the local views")
+    global_size: int = option(224, "side of the two global views, in pixels")
+    local_size: int = option(96, "side of the local views, in pixels")
     local_views: int = option(8, "number of local views")
     global_scale: tuple = option((0.4, 1.0), "area of a global view, as a fraction of the image")
     local_scale: tuple = option((0.05, 0.4), "area of a local view, as a fraction of the image")
     # optimisation
-    epochs: int = option(200, "passes over the data; 0: at least 20, and at least 1000 steps")
+    epochs: int = option(200, "passes over the data; 0: 20, or more to reach 1000 steps")
     batch: int = option(512, "images per step, over all processes")
     lr: float = option(5e-4, "peak learning rate per 256 images: scaled by batch / 256")
     weight_decay: tuple = option((0.04, 0.4), "initial and final; biases and norms have none")

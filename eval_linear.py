@@ -8,14 +8,14 @@
     python eval_linear.py runs/mine --features PHOTOS           features of your images
     python eval_linear.py --weights dino.pth --arch vit_small --data IN100
 
-Probes read z, its parts IR and EF, which are the dimensions that the losses shaped, and a control:
-as many dimensions as EF, drawn at random from z. The linear probe on all of a ViT reads the CLS
-tokens of the last four blocks, as in DINO; every other probe reads the last one, z.
+Probes read z; its parts IR and EF, the dimensions that the losses shaped; and a control: as many
+dimensions as EF, drawn at random from z. For a ViT, the linear probe of "all" reads the CLS tokens
+of the last four blocks, as in DINO; every other probe reads only the last block's, z.
 
 The linear probes follow the paper's protocol (100 epochs of SGD on random crops) in all but two
 points: six learning rates are tried instead of one, and a tenth of the training images is held out
-to choose between them. Published probes print the best test accuracy over the epochs; these print
-the last one.
+to choose among them. Unlike the published code, which prints the best test accuracy over the
+epochs, these probes print that of the last epoch.
 
 Images that cannot be read are reported and left out, together with their labels.
 
