@@ -45,6 +45,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 
 import torch
@@ -894,6 +895,9 @@ class Images(Dataset):
                     pixels = pixels.to(device, non_blocking=True)
                     yield pixels, aspect.to(device, non_blocking=True), i
                 end_if_hanging()
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # they hold the loader, and it the workers
+            raise
         finally:
             faulthandler.cancel_dump_traceback_later()
 
