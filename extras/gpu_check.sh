@@ -73,7 +73,8 @@ compiled() { # the step and the views compile without a break or a fallback to e
         python extras/speed.py "${vit_tiny[@]}" --compile 2>"$messages" || return 1
     cat "$messages" >>"$log"
     echo "$(grep -c "Recompiling function" "$messages") recompilations"
-    ! grep -E "Graph break|hit config" "$messages"
+    grep -E "Graph break|hit config" "$messages" && return 1
+    timeout 60 python extras/gpu_check.py compiled_views
 }
 
 python extras/gpu_check.py photos "$work/photos" "$photos" || exit 1
@@ -92,7 +93,7 @@ check vmamba_tiny 5 timeout 70 python extras/speed.py "${vmamba[@]}"
 check resnet50 5 timeout 70 python extras/speed.py "${resnet50[@]}"
 check two_ranks 1 two_ranks
 check stop_and_resume 2 stop_and_resume
-check compile 6 compiled
+check compile 8 compiled
 check draws 3 timeout 30 python extras/gpu_check.py draws
 check vit_small 5 timeout 70 python extras/speed.py "${vit_small[@]}"
 
