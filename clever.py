@@ -33,11 +33,11 @@ import contextlib
 import dataclasses
 import faulthandler
 import hashlib
-import importlib
 import itertools
 import json
 import math
 import os
+import pkgutil
 import random
 import re
 import shlex
@@ -87,7 +87,7 @@ class ProjectionHead(nn.Module):
     def forward(self, x):
         x = F.normalize(self.mlp(x), dim=-1)
         w = F.normalize(self.prototypes.weight, dim=-1)  # (K, bottleneck_dim)
-        return F.linear(x, w).to(w.dtype)  # bf16 under autocast: off by up to 0.05 after / 0.04
+        return F.linear(x, w).to(w.dtype)  # in bf16, P's exponents (/ 0.04) are off by up to 0.05
 
 
 Output = collections.namedtuple("Output", "z logits")
@@ -118,6 +118,7 @@ class CLeVER(nn.Module):
     def forward(self, views):
         """V views -> z (V, B, D) and the logits of each head: IR (V, B, K), then EF (V, B, K')."""
         z = self.embed(views)
+        # DINO has one head and an empty EF, which zip leaves out.
         return Output(z, [head(part) for head, part in zip(self.heads, split(z, self.ratio))])
 
 
@@ -146,8 +147,8 @@ def invariance_loss(student, teacher, centre, student_temp=STUDENT_TEMP, teacher
 
     student (V, B, K), teacher (G, B, K): logits of h_IR, global views first; centre: c (K,).
     """
-    P = sharpen(teacher, centre, teacher_temp)
-    log_Q = F.log_softmax(student / student_temp, dim=-1)
+    P = sharpen(teacher, centre, teacher_temp)  # (G, B, K)
+    log_Q = F.log_softmax(student / student_temp, dim=-1)  # (V, B, K)
     cross_entropy = -torch.einsum("gbk,vbk->gvb", P, log_Q)
     return mean_over_pairs(cross_entropy)
 
@@ -159,8 +160,8 @@ def orthogonality_loss(
 
     The arguments are those of `invariance_loss`, for h_EF.
     """
-    P = sharpen(teacher, centre, teacher_temp)
-    Q = F.softmax(student / student_temp, dim=-1)
+    P = sharpen(teacher, centre, teacher_temp)  # (G, B, K')
+    Q = F.softmax(student / student_temp, dim=-1)  # (V, B, K')
     product = torch.einsum("gbk,vbk->gvb", P, Q)
     norms = P.norm(dim=-1)[:, None] * Q.norm(dim=-1)  # (G, 1, B) * (V, B) -> (G, V, B)
     return mean_over_pairs((product / norms).abs())  # abs changes nothing; it is the paper's
@@ -224,7 +225,8 @@ def train_step(run, views, step):
 
     # 4. Update the student. Each gradient is clipped on its own; prototypes are frozen at first.
     for p in run.student.parameters():
-        p.grad *= (CLIP / (p.grad.norm() + 1e-6)).clamp(max=1)
+        if p.grad is not None:  # a loss of your own may not use every parameter
+            p.grad *= (CLIP / (p.grad.norm() + 1e-6)).clamp(max=1)
     if step < cfg.freeze_epochs * run.steps_per_epoch:
         for head in run.student.heads:
             head.prototypes.weight.grad = None
@@ -259,7 +261,7 @@ class Config:
 
     data: str = option("patterns", "patterns, cifar10, cifar100, or a folder of images")
     out: str = option("", "folder of the run; default runs/<data>-<method>-<aug>-<time>")
-    recipe: str = option("auto", "preset for the other options", ("auto", "paper", "small", "demo"))
+    recipe: str = option("auto", "preset; auto goes by --data", ("auto", "paper", "small", "demo"))
     workers: int = option(min(8, os.cpu_count()), "image-decoding processes per training process")
     # method
     method: str = option("clever", "dino is the baseline, without the split", ("clever", "dino"))
@@ -289,7 +291,7 @@ class Config:
     lr: float = option(5e-4, "peak learning rate per 256 images: scaled by batch / 256")
     weight_decay: tuple = option((0.04, 0.4), "initial and final; biases and norms have none")
     freeze_epochs: int = option(1, "epochs with frozen prototypes; raise it if the loss stalls")
-    drop_path: float = option(0.1, "stochastic depth of the student's last block (ViT, VMamba)")
+    drop_path: float = option(0.1, "stochastic depth of the last block (ViT; doubled for VMamba)")
     # run
     seed: int = option(0, "random seed")
     precision: str = option("auto", "auto is bf16 if the GPU has it", ("auto", "fp32", "bf16"))
@@ -302,7 +304,8 @@ class Config:
         elif not 0 < self.ratio < 1:
             raise UserError("--ratio must be between 0 and 1")
         for name, value in vars(self).items():
-            for number in value if isinstance(value, (tuple, list)) else [value]:
+            values = value if isinstance(value, (tuple, list)) else [value]
+            for number in values:
                 if not isinstance(number, str) and not 0 <= number < math.inf:
                     raise UserError(f"{flag(name)} must be a number, 0 or greater, not {number}")
 
@@ -608,7 +611,7 @@ class Attention(nn.Module):
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1))  # (N, tokens, 3, heads, D / heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, heads, tokens, D / heads)
         x = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).flatten(2))  # (N, tokens, heads * D / heads)
+        return self.proj(x.transpose(1, 2).flatten(2))  # (N, tokens, D)
 
 
 class Block(nn.Module):
@@ -683,7 +686,7 @@ def build_backbone(arch, img_size, drop_path=0.0, **options):
     if arch == "vmamba_tiny":
         arch = "extras.vmamba:VMamba"
     if ":" in arch:
-        return import_class(arch)(drop_path=drop_path)
+        return pkgutil.resolve_name(arch)(drop_path=drop_path)
     if not re.fullmatch("resnet(18|34|50|101)", arch):
         raise UserError(f"--arch {arch} is unknown; --help lists the names")
 
@@ -695,12 +698,6 @@ def build_backbone(arch, img_size, drop_path=0.0, **options):
         nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out")
         net.maxpool = nn.Identity()
     return net.to(memory_format=torch.channels_last)
-
-
-def import_class(name):
-    """The class "module:Class", from a module next to clever.py or on PYTHONPATH."""
-    module, _, name = name.partition(":")
-    return getattr(importlib.import_module(module), name)
 
 
 def initial_backbone(cfg, drop_path=0.0):
@@ -728,7 +725,8 @@ def read_weights(path):
     for name, value in state.items():
         name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
         is_classifier = re.match(r"(head|fc|projector|classifier\.head)\b", name)
-        if name.startswith("backbone.") == is_whole_model and not is_classifier:
+        is_backbone = name.startswith("backbone.") or not is_whole_model
+        if is_backbone and not is_classifier:
             tensors[name.removeprefix("backbone.")] = value
         if not value.isfinite().all():
             raise UserError(f"{path}: {name} is not finite")
@@ -856,17 +854,20 @@ class Images(Dataset):
     def __getitem__(self, i):
         if torch.is_tensor(self.images):
             return squash(self.images[i], self.side), 1.0, i
-        try:
-            return *decode(self.images[i], self.side), i
-        except UserError as error:
-            action = "showing the next image" if self.replace else "leaving it out"
-            print(f"warning: {error}; {action}", file=sys.stderr)
-        return self[(i + 1) % len(self)] if self.replace else None
+        while True:
+            try:
+                return *decode(self.images[i], self.side), i
+            except UserError as error:
+                action = "showing the next image" if self.replace else "leaving it out"
+                print(f"warning: {error}; {action}", file=sys.stderr)
+            if not self.replace:
+                return None
+            i = (i + 1) % len(self)
 
     def digest(self):
         """A hash of the files' names: a resumed run must see the same files."""
         if torch.is_tensor(self.images):
-            return "in memory"
+            return seed_of(len(self), self.classes)
         root = os.path.commonpath(self.images)
         return seed_of(*[path.removeprefix(root) for path in self.images])
 
@@ -917,7 +918,7 @@ def collate(items):
 
 
 def ignore_signals(_):
-    """Stop signals are for the main process: workers must still deliver its current step."""
+    """Only the main process handles stop signals: it still needs the workers for its last steps."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
@@ -985,7 +986,7 @@ def find_images(folder):
         raise UserError(f"cannot list {error.filename}: {error.strerror}")
 
     files = []
-    for parent, folders, names in os.walk(folder, onerror=cannot_list):  # follows no links
+    for parent, folders, names in os.walk(folder, onerror=cannot_list):  # enters no linked folders
         folders[:] = [name for name in folders if not name.startswith(".")]
         files += [os.path.join(parent, name) for name in names if not name.startswith(".")]
     images = [file for file in files if Path(file).suffix.lower() in SUFFIXES]
@@ -1152,7 +1153,8 @@ def autocast(device, precision):
 class Training:
     """All that changes while training: student, teacher, centres, optimiser, step.
 
-    To try another loss, subclass it and pass --training module:Class, as extras/turn.py does.
+    To try another loss, subclass it and pass --training module:Class, as extras/turn.py does. On
+    several GPUs, DDP needs every parameter in the loss.
     """
 
     def __init__(self, cfg, steps_per_epoch, device="cpu"):
@@ -1291,17 +1293,19 @@ def start(cfg, data, device):
     """The `Training` and the folder of a run, new or continued."""
     world = distributed()[1]
     if not 0 < cfg.batch <= len(data) or cfg.batch % world:
-        raise UserError(f"--batch {cfg.batch} must be a multiple of {world}, at most {len(data)}")
+        sizes = f"{world} processes and at most {len(data)} images"
+        raise UserError(f"--batch {cfg.batch} must be a multiple of {sizes}")
     steps_per_epoch = len(data) // cfg.batch
     if cfg.epochs == 0:
         epochs = max(20, math.ceil(2 * FEW_STEPS / steps_per_epoch))
         cfg = dataclasses.replace(cfg, epochs=epochs)
 
-    kind = import_class(cfg.training) if cfg.training else Training
+    kind = pkgutil.resolve_name(cfg.training) if cfg.training else Training
     run = kind(cfg, steps_per_epoch, device)
-    out = open_folder(cfg)
     run.digest = data.digest()
-    restore(run, out)
+    if cfg.resume:
+        restore(run, Path(cfg.out))  # before config.json is written, because it may refuse
+    out = open_folder(cfg)
 
     million = sum(p.numel() for p in run.student.backbone.parameters()) / 1e6
     report(f"{cfg.method}, {cfg.arch} ({million:.1f}M parameters), {cfg.aug}, {world} x {device}")
@@ -1311,7 +1315,7 @@ def start(cfg, data, device):
     report(f"{steps}, from step {run.step}")
     report(f"peak lr {max(run.lr):.2g}, precision {cfg.precision}; writes to {out}")
     if run.steps < FEW_STEPS:
-        report(f"warning: {run.steps} steps are few; raise --epochs or lower --batch")
+        report(f"warning: only {run.steps} steps; raise --epochs or lower --batch")
     return run, out
 
 
@@ -1326,8 +1330,8 @@ def train(cfg, data, device):
     recent = []  # loss terms since the last line of the log
     steps = batches(len(data), cfg, run.step, run.steps)
     stream = data.stream(steps, device, cfg.workers, replace=True)
-    hidden = True if rank > 0 else None  # None: shown only on a terminal
-    bar = tqdm(total=run.steps, initial=run.step, unit="step", disable=hidden)
+    # None: shown only on a terminal
+    bar = tqdm(total=run.steps, initial=run.step, unit="step", disable=rank > 0 or None)
 
     # Closing the stream ends the loader's workers, however the loop ends.
     with contextlib.closing(stream), contextlib.closing(bar), stop_signals() as signals:
@@ -1350,7 +1354,8 @@ def train(cfg, data, device):
                     saved = time.monotonic()
                 if stop:
                     report(f"stopped at step {run.step}; continue with --out {out} --resume")
-                    raise SystemExit(128 + (signals or [signal.SIGTERM])[0])
+                    number = signals[0] if signals else signal.SIGTERM  # another process got it
+                    raise SystemExit(128 + number)
     return run, out
 
 
@@ -1421,7 +1426,7 @@ def knn(bank, labels, queries, classes, k=20, temperature=0.07):
 def accuracy(scores, labels, k=1):
     """Top-k accuracy in % of scores (N, C), labels (N,). Of equal scores the label's comes last."""
     own = scores.gather(1, labels[:, None])  # (N, 1)
-    rank = (~(scores < own)).sum(1)  # from 1
+    rank = (~(scores < own)).sum(1)  # from 1; NaN is no hit
     return 100 * float((rank <= k).double().mean())
 
 
@@ -1432,7 +1437,7 @@ def ridge_r2(x, angle, x_test, angle_test, penalty=0.01):
         return torch.stack([angle.deg2rad().cos(), angle.deg2rad().sin()], 1).double()  # (N, 2)
 
     std, mean = torch.std_mean(x.double(), 0)
-    std = std + 1e-4  # a constant feature varies by rounding alone
+    std = std + 1e-4  # a constant feature varies only by rounding
     x = (x - mean) / std
     x_test = (x_test - mean) / std
     y, y_test = target(angle), target(angle_test)
@@ -1457,10 +1462,10 @@ def extract(backbone, cfg, data, count, device):
     with contextlib.closing(stream):
         for images, aspect, shown in stream:
             zero = torch.zeros(len(shown), device=device)
-            for z, angle in ((upright, zero), (rotated, angles[shown].to(device))):
+            for features, angle in ((upright, zero), (rotated, angles[shown].to(device))):
                 view = centre_view(images, aspect, cfg.global_size, zero.bool(), angle)
                 view = normalize(view * disc(cfg.global_size, device))
-                z.append(backbone.forward(view).float())  # not compiled, for one pass
+                features.append(backbone.forward(view).float())  # not compiled, for one pass
             index.append(shown)
     index = torch.cat(index)
     angle, label = angles[index].to(device), data.labels[index].to(device)
@@ -1488,9 +1493,10 @@ def compare(cfg, data, val, device, initial, trained):
     after = probe(trained, cfg, data, val, device)
     rows = []
     for name, values in after.items():
-        cells = [f"{before[name][part]:#.3g} -> {value:#.3g}" for part, value in values.items()]
-        rows.append([name, *cells])
-    report("\nTest images, cut to a disc. k-NN: accuracy in %. R2: 1 is exact, 0 knows nothing.\n")
+        digits = 1 if name.startswith("k-NN") else 3
+        pairs = [(before[name][part], value) for part, value in values.items()]
+        rows.append([name, *[f"{a:.{digits}f} -> {b:.{digits}f}" for a, b in pairs]])
+    report("\nTest images, cut to a disc. k-NN: accuracy in %. R2: 1 is exact, 0 is guessing.\n")
     print_table(["initial -> trained", *values], rows)
     return dict(before=before, after=after)
 
@@ -1529,6 +1535,8 @@ def parse(argv=None):
         raise UserError("--resume needs --out, the folder of the run")
     if "resume" in given and ("data" not in given or Path(out, "config.json").exists()):
         started = load_config(out)
+        placeholders = dict(recipe="auto", epochs=0)  # the run has the values that they stood for
+        given = {name: value for name, value in given.items() if value != placeholders.get(name)}
         cfg = dataclasses.replace(started, **given)
         for name in given.keys() - {"data", "init", "out", "workers", "resume"}:
             if getattr(cfg, name) != getattr(started, name):

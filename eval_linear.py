@@ -1,7 +1,7 @@
 """What did a backbone learn? The evaluation of CLeVER (arXiv 2406.00262) in one command.
 
     python eval_linear.py runs/in100                            linear and k-NN probes
-    python eval_linear.py runs/in100 --quick                    the same in minutes
+    python eval_linear.py runs/in100 --quick                    in minutes, without crops
     torchrun --nproc-per-node gpu eval_linear.py runs/in100     on several GPUs
     python eval_linear.py runs/in100 --finetune --labels 0.1    train the backbone too
     python eval_linear.py runs/in100 --data cifar10             transfer to other data
@@ -47,8 +47,8 @@ from clever import CHUNK, Config, UserError, distributed, generator, report
 
 PROBE_RATES = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3]
 FINETUNE_RATES = [1e-3]
-LR_HELP = f"""learning rates of probes for 256 images, to choose from {PROBE_RATES}; with --finetune
-one, that of the head; the backbone's is a tenth of it {FINETUNE_RATES}"""
+LR_HELP = f"""learning rates of the probes for batches of 256; held-out training images choose one
+{PROBE_RATES}. With --finetune: that of the head; the backbone's is a tenth {FINETUNE_RATES}"""
 
 
 def model_options():
@@ -73,9 +73,13 @@ def parse(argv):
         allow_abbrev=False,
     )
     task = parser.add_mutually_exclusive_group()
-    task.add_argument("--quick", action="store_true", help="train on features computed once")
+    task.add_argument(
+        "--quick", action="store_true", help="train on features computed once, without crops"
+    )
     task.add_argument("--finetune", action="store_true", help="train the backbone too, with AdamW")
-    task.add_argument("--features", metavar="FOLDER", help="only write its images' features")
+    task.add_argument(
+        "--features", metavar="FOLDER", help="only write the features of the images in FOLDER"
+    )
     add = parser.add_argument
     add("--data", help="as for clever.py [the run's]")
     add("--labels", type=float, default=1.0, help="fraction of each class's images to use [1]")
@@ -83,15 +87,20 @@ def parse(argv):
     add("--epochs", type=int, default=100, help="passes over the training images [100]")
     add("--batch", type=int, default=256, help="images per step, over all processes [256]")
     add("--lr", type=float, nargs="+", help=LR_HELP)
-    add("--seed", type=int, default=0, help="of probes, crops and the choice of --labels [0]")
+    add(
+        "--seed",
+        type=int,
+        default=0,
+        help="random seed of probes, crops and the --labels subset [0]",
+    )
     add("--workers", type=int, default=Config.workers, help="image-decoding processes per process")
     args = parser.parse_args(argv)
 
     args.lr = args.lr or (FINETUNE_RATES if args.finetune else PROBE_RATES)
     if args.finetune and len(args.lr) > 1:
         raise UserError("--finetune takes one --lr")
-    if args.weights and not (args.arch and (args.data or args.features)):
-        raise UserError("--weights needs --arch, such as vit_small, and --data or --features")
+    if args.weights and not (args.data or args.features):
+        raise UserError("--weights needs --data or --features")
     numbers = (args.epochs, args.batch, args.labels, *args.lr)
     if not all(0 < number < math.inf for number in numbers) or args.labels > 1:
         raise UserError("--epochs, --batch, --lr and --labels must be above 0, --labels at most 1")
@@ -122,6 +131,8 @@ def open_model(args):
 
 def inspect_weights(args, path):
     """The `Config` for a file of weights, and options of its backbone: sizes are read from it."""
+    if not args.arch:
+        raise UserError("--weights needs --arch, such as vit_small")
     method = "dino" if args.ratio == 1 else "clever"
     cfg = Config(arch=args.arch, method=method, ratio=args.ratio)
     state = clever.read_weights(path)
@@ -198,7 +209,8 @@ def make_view(
     alpha: strength of the elastic deformation of a view of 224 px
     """
     B = len(images)
-    # A step draws for the random crops of all processes. A chunk of test images is in one process.
+    # Training crops: draw for the images of all processes and take this one's. Test images: each
+    # process has chunks of its own.
     rank, world = distributed() if crop else (0, 1)
 
     def uniform(low, high, *shape):
@@ -286,8 +298,8 @@ def compute_features(model, data, **perturbation):
     readable = torch.zeros(len(data), device=model.device)
     chunks = [chunk.tolist() for chunk in torch.arange(len(data)).split(CHUNK)[rank::world]]
     stream = data.stream(chunks, model.device, model.cfg.workers)
-    hidden = True if rank > 0 else None  # None: shown only on a terminal
-    bar = tqdm(stream, None, len(chunks), leave=False, disable=hidden)
+    # None: shown only on a terminal
+    bar = tqdm(stream, None, len(chunks), leave=False, disable=rank > 0 or None)
     with contextlib.closing(stream):
         for images, aspect, index in bar:
             gen = generator("cpu", "test views", int(index[0]) // CHUNK)
@@ -378,8 +390,7 @@ def train_probes(args, model, data, bank):
     scales = [1.0] if args.finetune else [rate for _, rate in heads]
 
     stream = training_batches(args, model, data, bank, rows, batch, steps)
-    hidden = True if rank > 0 else None
-    bar = tqdm(stream, "train", steps, leave=False, disable=hidden)
+    bar = tqdm(stream, "train", steps, leave=False, disable=rank > 0 or None)
     with contextlib.closing(stream):
         for step, (z, labels) in enumerate(bar, 1):
             losses = []
@@ -390,7 +401,7 @@ def train_probes(args, model, data, bank):
             sum(scale * loss for scale, loss in zip(scales, losses)).backward()
             for group in optimizer.param_groups:
                 for weight in group["params"]:
-                    clever.mean_over_processes(weight.grad)
+                    clever.mean_over_processes(weight.grad)  # in place
             optimizer.step()
             schedule.step()
 

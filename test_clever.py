@@ -690,12 +690,13 @@ class Net(nn.Module):
 
 
 class Fork(clever.Training):
-    """A training of a user: it logs one more term, and receives SIGTERM in step 5."""
+    """A training of a user: no loss for EF, one more term in the log, and SIGTERM in step 5."""
 
     def loss(self, student, teacher):
         if self.step == 4 and not self.cfg.resume:
             signal.raise_signal(signal.SIGTERM)
-        return dict(super().loss(student, teacher), angle=self.augment.angles[0].mean())
+        terms = super().loss(student, teacher)
+        return dict(terms, loss=terms["L_CL"], angle=self.augment.angles[0].mean())
 
 
 # Claim 12
@@ -1058,6 +1059,10 @@ def test_broken_images_are_replaced_in_training_and_left_out_otherwise(tmp_path,
     for name in names[1:4]:
         assert re.search(rf"warning: \S+/{name} cannot be read \(\S", err)
 
+    many = clever.Images(32, ["none.jpg"] * 1100 + [str(a / "00.jpg")], [0] * 1101, ["a"])
+    [(_, _, index)] = many.stream([[0]], CPU, 0, replace=True)
+    assert index.tolist() == [1100]
+
 
 # ==================================================================================================
 # Runs
@@ -1081,7 +1086,7 @@ def test_the_demo(tmp_path):
         "patterns: 128 images in 10 classes; 0 other files ignored",
         "2 epochs x 2 steps x 64 images, from step 0",
         "writes to runs/patterns-clever-caug",
-        "warning: 4 steps are few",
+        "warning: only 4 steps",
     ):
         assert words in output.split("epoch 1.00")[0]
     assert output.count("\nepoch ") == 2
@@ -1106,7 +1111,9 @@ def test_a_run_has_enough_steps(capsys):
         epochs = max(20, math.ceil(1000 * 8 / count))
         assert (run.cfg.epochs, run.steps) == (epochs, epochs * count // 8)
     assert clever.load_config("run24").epochs == 334
-    assert "teach little" not in capsys.readouterr().out
+    assert "warning" not in capsys.readouterr().out
+    again = clever.parse("--out run24 --resume --recipe auto --epochs 0".split())
+    assert (again.recipe, again.epochs) == (clever.load_config("run24").recipe, 334)
 
 
 # Claims 21 and 22
@@ -1297,12 +1304,16 @@ def test_a_run_continues_with_data_that_moved(base, photos, tmp_path):
     clever.main(resume)
     assert clever.load_config("run").data == str(moved)
 
-    (moved / "trip" / "00.jpg").rename(moved / "trip" / "99.jpg")
+    other = shutil.copytree(photos, tmp_path / "other")
+    (other / "trip" / "00.jpg").rename(other / "trip" / "99.jpg")
     with pytest.raises(clever.UserError, match="holds other files than when run was started"):
-        clever.main(resume)
-    shutil.rmtree(moved)
-    shutil.copytree(photos, moved)
+        clever.main([*resume[:-1], str(other)])
+    assert clever.load_config("run").data == str(moved)
     clever.main(["--out", "run", "--resume"])
+
+    pixels = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)  # in memory, such as both CIFARs
+    ten, hundred = [clever.Images(32, pixels, [0, 1], ["a", name]) for name in "bc"]
+    assert ten.digest() != hundred.digest()
 
 
 class Payload:

@@ -125,7 +125,7 @@ def same_loss(*logs):
 
 
 def compiled_views():
-    """--compile changes the views by rounding alone."""
+    """--compile changes the views only by rounding."""
     images, aspect = random_batch(4)
     views = []
     for compile in (False, True):

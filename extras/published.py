@@ -1,7 +1,7 @@
 """The published training loop, written out naively: losses pair by pair, loops over parameters.
 
-It is the reference of the six-step test and the opponent of extras/benchmark.py. It takes its
-networks from a `Training` of clever.py and shares nothing else with it.
+The six-step test and extras/benchmark.py compare with it. It takes its networks from a `Training`
+of clever.py and shares nothing else with it.
 """
 
 import copy

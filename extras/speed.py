@@ -11,6 +11,7 @@ the loader prepares the next images while the GPU works.
 import contextlib
 import dataclasses
 import os
+import pkgutil
 import sys
 import time
 from pathlib import Path
@@ -57,7 +58,7 @@ def main():
     if cfg.batch > len(data):
         raise clever.UserError(f"--batch {cfg.batch} is more than the {len(data)} images")
     cfg = dataclasses.replace(cfg, epochs=1, freeze_epochs=0)
-    kind = clever.import_class(cfg.training) if cfg.training else clever.Training
+    kind = pkgutil.resolve_name(cfg.training) if cfg.training else clever.Training
     run = kind(cfg, 2 * (WARM_UP + steps), device)
     stream = data.stream(clever.batches(len(data), cfg, 0, WARM_UP + steps), device, cfg.workers)
     with contextlib.closing(stream):
