@@ -73,13 +73,9 @@ def parse(argv):
         allow_abbrev=False,
     )
     task = parser.add_mutually_exclusive_group()
-    task.add_argument(
-        "--quick", action="store_true", help="train on features computed once, without crops"
-    )
+    task.add_argument("--quick", action="store_true", help="compute features once: no crops")
     task.add_argument("--finetune", action="store_true", help="train the backbone too, with AdamW")
-    task.add_argument(
-        "--features", metavar="FOLDER", help="only write the features of the images in FOLDER"
-    )
+    task.add_argument("--features", metavar="FOLDER", help="only write features of its images")
     add = parser.add_argument
     add("--data", help="as for clever.py [the run's]")
     add("--labels", type=float, default=1.0, help="fraction of each class's images to use [1]")
@@ -87,12 +83,7 @@ def parse(argv):
     add("--epochs", type=int, default=100, help="passes over the training images [100]")
     add("--batch", type=int, default=256, help="images per step, over all processes [256]")
     add("--lr", type=float, nargs="+", help=LR_HELP)
-    add(
-        "--seed",
-        type=int,
-        default=0,
-        help="random seed of probes, crops and the --labels subset [0]",
-    )
+    add("--seed", type=int, default=0, help="random seed of probes, crops and --labels [0]")
     add("--workers", type=int, default=Config.workers, help="image-decoding processes per process")
     args = parser.parse_args(argv)
 
