@@ -17,6 +17,7 @@ Backbones
     timm and torchvision, and VMamba's 274 tensors have the original's.
 11. VMamba's scan is the recurrence of its paper, pixel by pixel, on any map, summed in float32.
 12. --arch and --training module:Class use your own class, and a resumed run uses the same one.
+    The two example losses are lowest if EF knows the view; a constant EF costs what they say.
 13. --init starts the student, the teacher and the comparison from the weights of a run, DINO or
     timm. Weights that do not fit or are not finite are refused in one sentence.
 
@@ -121,7 +122,7 @@ from torchvision import transforms as T
 
 import clever
 import eval_linear
-from extras import davis, published, visualize, vmamba
+from extras import davis, published, quarter, turn, visualize, vmamba
 
 HERE = Path(clever.__file__).resolve().parent
 os.environ.update(PYTHONPATH=str(HERE), OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
@@ -710,6 +711,47 @@ def test_a_fork_is_used_from_its_start_to_its_end(photos, tmp_path):
     clever.main(["--out", "run", "--resume"])
     assert all("angle" in line for line in read_log(tmp_path / "run"))
     assert list(torch.load("run/backbone.pt")) == ["layer.weight", "layer.bias"]
+
+
+# Claim 12
+def test_an_ef_that_turns_with_the_view_costs_nothing_in_turn():
+    run = turn.Turn(tiny(aug="caug", ef_out_dim=2), 1)
+    B, V = 4000, 4
+    ir = torch.zeros(V, B, run.cfg.out_dim)
+
+    def cost(ef):
+        teacher = clever.Output(None, [ir[:2], ef[:2]])
+        return float(run.loss(clever.Output(None, [ir, ef]), teacher)["L_Turn"])
+
+    angle = torch.rand(V, B, generator=torch.Generator().manual_seed(0)) * 180 - 90
+    run.augment.angles = list(angle)
+    turning = torch.stack([angle.deg2rad().cos(), angle.deg2rad().sin()], -1)  # (V, B, 2)
+    assert cost(turning) == pytest.approx(0, abs=1e-6)
+    assert cost(turning.flip(-1)) > 0.5  # turns the other way
+    assert cost(torch.ones(V, B, 2)) == pytest.approx(1 - (2 / math.pi) ** 2, abs=0.02)
+
+
+# Claim 12
+@pytest.mark.parametrize("kind", [quarter.Quarter, quarter.Shuffled])
+def test_quarter_turns_local_views_and_asks_ef_for_the_turn(kind):
+    run = kind(tiny(aug="baug", ef_out_dim=4), 1)
+    images = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8)
+    upright = clever.MultiCrop(run.cfg)(images, torch.ones(16), 0)
+    views = run.augment(images, torch.ones(16), 0)
+    for view, (turned, before) in enumerate(zip(views, upright)):
+        for i in range(16):
+            k = 0 if view < 2 else i % 4
+            assert torch.equal(turned[i], torch.rot90(before[i], k, (1, 2)))
+
+    ir = torch.zeros(len(views), 16, run.cfg.out_dim)
+    knows = F.one_hot(torch.arange(16) % 4, 4).float().expand(len(views), -1, -1)
+    for ef, L, hit in ((knows, 0, 1), (0 * knows, math.log(4), 0.25)):
+        terms = run.loss(clever.Output(None, [ir, ef]), clever.Output(None, [ir[:2], ef[:2]]))
+        if kind is quarter.Quarter or hit < 1:
+            assert float(terms["L_Quarter"]) == pytest.approx(L, abs=1e-3)
+            assert float(terms["hit"]) == hit
+        else:
+            assert float(terms["L_Quarter"]) > 5  # its labels have nothing to do with the turns
 
 
 # Claim 13

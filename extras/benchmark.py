@@ -3,8 +3,8 @@
     python extras/benchmark.py              a step and its memory, on all cores; about two minutes
     python extras/benchmark.py PHOTOS       also the loader, on one core; a folder of photographs
 
-The published step is extras/published.py. The two run alternately, after one call that warms up; every
-time is printed.
+The published step is extras/published.py. The two run alternately, after one call that warms up;
+every time is printed.
 """
 
 import itertools
