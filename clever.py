@@ -261,7 +261,11 @@ class Config:
 
     data: str = option("patterns", "patterns, cifar10, cifar100, or a folder of images")
     out: str = option("", "folder of the run; default runs/<data>-<method>-<aug>-<time>")
-    recipe: str = option("auto", "preset; auto goes by --data", ("auto", "paper", "small", "demo"))
+    recipe: str = option(
+        "auto",
+        "preset for the other options; auto picks by --data",
+        ("auto", "paper", "small", "demo"),
+    )
     workers: int = option(min(8, os.cpu_count()), "image-decoding processes per training process")
     # method
     method: str = option("clever", "dino is the baseline, without the split", ("clever", "dino"))

@@ -35,9 +35,9 @@ class Quarter(clever.Training):
     def __init__(self, cfg, steps_per_epoch, device="cpu"):
         super().__init__(cfg, steps_per_epoch, device)
         self.augment = TurnedViews(cfg)
-        self.watched = {"IR"}  # the global views are oriented alike, so their EF may be, too
+        self.watched = {"IR"}  # the global views are oriented alike, so their EF may agree
         if cfg.aug != "baug":
-            raise clever.UserError("quarter turns can only be told from views that are upright")
+            raise clever.UserError("quarter turns need upright views; use --aug baug")
 
     def loss(self, student, teacher):
         ir, ef = student.logits  # (V, B, K), (V, B, 4)
