@@ -24,7 +24,8 @@ average of the student (DINO, arXiv 2104.14294):
 Without the split this is DINO: `--method dino`, L = L_CL.
 
 Shapes: B images in this process, stored as S x S pixels; V views of each, the first G = 2 of them
-global; D features; K prototypes. Elsewhere N images or rows, C classes.
+global; D features, d of them IR; K prototypes of h_IR, K' of h_EF. Elsewhere N images or rows, C
+classes, h x w pixels or patches.
 """
 
 import argparse
@@ -87,7 +88,7 @@ class ProjectionHead(nn.Module):
     def forward(self, x):
         x = F.normalize(self.mlp(x), dim=-1)
         w = F.normalize(self.prototypes.weight, dim=-1)  # (K, bottleneck_dim)
-        return F.linear(x, w).to(w.dtype)  # in bf16, P's exponents (/ 0.04) are off by up to 0.05
+        return F.linear(x, w).to(w.dtype)  # computed in bf16, P's exponents are off by up to 0.05
 
 
 Output = collections.namedtuple("Output", "z logits")
@@ -164,13 +165,13 @@ def orthogonality_loss(
     Q = F.softmax(student / student_temp, dim=-1)  # (V, B, K')
     product = torch.einsum("gbk,vbk->gvb", P, Q)
     norms = P.norm(dim=-1)[:, None] * Q.norm(dim=-1)  # (G, 1, B) * (V, B) -> (G, V, B)
-    return mean_over_pairs((product / norms).abs())  # abs changes nothing; it is the paper's
+    return mean_over_pairs((product / norms).abs())  # the paper's abs; P and Q are positive anyway
 
 
 def projector_regularization(head_ir, head_ef):
     """L_PReg, the difference of the heads' summed squared parameters: neither wins by growing."""
-    ir = sum(p.norm().square() for p in head_ir.parameters())
-    ef = sum(p.norm().square() for p in head_ef.parameters())
+    ir = sum(p.square().sum() for p in head_ir.parameters())
+    ef = sum(p.square().sum() for p in head_ef.parameters())
     return (ir - ef).abs()
 
 
@@ -208,7 +209,8 @@ def train_step(run, views, step):
     torch.manual_seed(seed_of(cfg.seed, "drop path", step))
     for group in run.optimizer.param_groups:
         group["lr"] = run.lr[step]
-    run.optimizer.param_groups[0]["weight_decay"] = run.weight_decay[step]  # group 1 has none
+    # Group 1, biases and norms, has no weight decay.
+    run.optimizer.param_groups[0]["weight_decay"] = run.weight_decay[step]
 
     # 1. The teacher sees only the global views.
     with torch.no_grad(), autocast(run.device, cfg.precision):
@@ -216,9 +218,9 @@ def train_step(run, views, step):
 
     # 2. The student sees all views.
     with autocast(run.device, cfg.precision):
-        student = run.ddp_student(views)  # z (V, B, D), logits (V, B, K) of each head
+        student = run.student(views)  # z (V, B, D), logits (V, B, K) of each head
 
-    # 3. Losses in float32. DDP averages the gradients over the processes.
+    # 3. Losses in float32
     terms = run.loss(student, teacher)
     run.optimizer.zero_grad()
     terms["loss"].backward()
@@ -226,6 +228,7 @@ def train_step(run, views, step):
     # 4. Update the student. Each gradient is clipped on its own; prototypes are frozen at first.
     for p in run.student.parameters():
         if p.grad is not None:  # a loss of your own may not use every parameter
+            mean_over_processes(p.grad)  # in place
             p.grad *= (CLIP / (p.grad.norm() + 1e-6)).clamp(max=1)
     if step < cfg.freeze_epochs * run.steps_per_epoch:
         for head in run.student.heads:
@@ -240,7 +243,7 @@ def train_step(run, views, step):
             mean = mean_over_processes(logits.mean((0, 1), dtype=centre.dtype))  # (K,)
             centre.lerp_(mean, 1 - CENTRE_MOMENTUM)
 
-    if (step + 1) % run.steps_per_epoch == 0:  # kept for `epoch_metrics`, global views only
+    if (step + 1) % run.steps_per_epoch == 0:  # for `epoch_metrics`: copies of the global views
         run.last = teacher, [logits[:2].detach().clone() for logits in student.logits]
     return {name: term.detach() for name, term in terms.items()}
 
@@ -248,6 +251,15 @@ def train_step(run, views, step):
 # ==================================================================================================
 # 4. The recipe: the defaults are the paper's
 # ==================================================================================================
+
+
+class UserError(Exception):
+    """Something the user can fix: the command ends with this one sentence and no traceback."""
+
+
+def flag(name):
+    """The command-line spelling of a field of `Config`."""
+    return "--" + name.replace("_", "-")
 
 
 def option(default, help, choices=None):
@@ -274,28 +286,28 @@ class Config:
     lambda_reg: float = option(0.001, "weight of L_PReg (not used by dino)")
     training: str = option("", "module:Class, a subclass of Training with a loss of your own")
     arch: str = option(
-        "vit_tiny", "vit_micro|tiny|small|base, resnet18|34|50|101, vmamba_tiny or module:Class"
+        "vit_tiny", "vit_{micro,tiny,small,base}, resnet{18,34,50,101}, vmamba_tiny, module:Class"
     )
     init: str = option("", "file of weights to start from; also lower --lr")
     out_dim: int = option(65536, "prototypes K of the IR head; fewer help if the output is uniform")
     ef_out_dim: int = option(0, "prototypes K' of the EF head; 0 means as many as IR")
     hidden_dim: int = option(2048, "width of the heads' hidden layers")
     teacher_temp: float = option(0.04, "teacher temperature; lower it if the output is uniform")
-    momentum: float = option(0.996, "initial teacher momentum; 0.98 for short runs")
+    momentum: float = option(0.996, "initial teacher momentum; try 0.98 for short runs")
     # views
     aug: str = option("caug", "caug rotates, caug+ also deforms", ("baug", "caug", "caug+"))
     global_size: int = option(224, "side of the two global views, in pixels")
     local_size: int = option(96, "side of the local views, in pixels")
     local_views: int = option(8, "number of local views")
-    global_scale: tuple = option((0.4, 1.0), "area of a global view, as a fraction of the image")
-    local_scale: tuple = option((0.05, 0.4), "area of a local view, as a fraction of the image")
+    global_scale: tuple = option((0.4, 1.0), "smallest and largest area of global views (image: 1)")
+    local_scale: tuple = option((0.05, 0.4), "smallest and largest area of local views (image: 1)")
     # optimisation
-    epochs: int = option(200, "passes over the data; 0: 20, or more to reach 1000 steps")
+    epochs: int = option(200, "passes over the data; 0 means 20, or more to reach 1000 steps")
     batch: int = option(512, "images per step, over all processes")
-    lr: float = option(5e-4, "peak learning rate per 256 images: scaled by batch / 256")
-    weight_decay: tuple = option((0.04, 0.4), "initial and final; biases and norms have none")
+    lr: float = option(5e-4, "peak learning rate for a batch of 256; scales with --batch")
+    weight_decay: tuple = option((0.04, 0.4), "initial and final; not for biases and norms")
     freeze_epochs: int = option(1, "epochs with frozen prototypes; raise it if the loss stalls")
-    drop_path: float = option(0.1, "stochastic depth of the last block (ViT; doubled for VMamba)")
+    drop_path: float = option(0.1, "stochastic depth: drop rate of the last block (VMamba: twice)")
     # run
     seed: int = option(0, "random seed")
     precision: str = option("auto", "auto is bf16 if the GPU has it", ("auto", "fp32", "bf16"))
@@ -310,17 +322,8 @@ class Config:
         for name, value in vars(self).items():
             values = value if isinstance(value, (tuple, list)) else [value]
             for number in values:
-                if not isinstance(number, str) and not 0 <= number < math.inf:
+                if isinstance(number, (int, float)) and not 0 <= number < math.inf:
                     raise UserError(f"{flag(name)} must be a number, 0 or greater, not {number}")
-
-
-class UserError(Exception):
-    """Something the user can fix: the command ends with this one sentence and no traceback."""
-
-
-def flag(name):
-    """The command-line spelling of a field of `Config`."""
-    return "--" + name.replace("_", "-")
 
 
 SMALL_IMAGES = dict(
@@ -410,10 +413,10 @@ def crop_box(area, shape, place, aspect):
     drawn = torch.cat([width.gather(1, first), height.gather(1, first)], 1)  # (B, 2)
 
     # No try fits: the largest centred crop with an allowed shape.
-    nearest = aspect.clamp(3 / 4, 4 / 3) / aspect
-    centred = torch.stack([nearest.clamp(max=1), (1 / nearest).clamp(max=1)], 1)  # (B, 2)
+    allowed = aspect.clamp(3 / 4, 4 / 3)  # width / height
+    centred = torch.stack([allowed / aspect, aspect / allowed], 1).clamp(max=1)  # (B, 2)
 
-    half = torch.where(any_fits, drawn, centred)
+    half = torch.where(any_fits, drawn, centred)  # half width and height, since the image's are 2
     centre = torch.where(any_fits, (2 * place - 1) * (1 - half), 0)
     return torch.cat([centre, half], 1)
 
@@ -447,7 +450,7 @@ def elastic_shift(noise, alpha, sigma):
 
 
 def blend(other, x, factor):
-    """From `other` (factor 0) to x (B, 3, h, w) (factor 1) and beyond: factor (B,)."""
+    """Blend two images (B, 3, h, w): factor (B,) 0 gives `other`, 1 gives x, more overshoots."""
     return torch.lerp(other, x, factor[:, None, None, None]).clamp(0, 1)
 
 
@@ -475,27 +478,27 @@ def adjust_hue(x, turn):
     hue = hue + 6 * turn[:, None, None]
 
     offset = torch.arange(5, 0, -2, device=x.device)  # 5, 3, 1: of red, green, blue
-    sixth = (hue[:, None] + offset[:, None, None]) % 6  # (B, 3, h, w)
-    return value[:, None] - chroma[:, None] * torch.minimum(sixth, 4 - sixth).clamp(0, 1)
+    k = (hue[:, None] + offset[:, None, None]) % 6  # (B, 3, h, w)
+    return value[:, None] - chroma[:, None] * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 COLOUR_OPERATIONS = (adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue)
 
 
 def color_jitter(x, factors, order=(0, 1, 2, 3), operations=COLOUR_OPERATIONS):
-    """torchvision's ColorJitter: images (B, 3, h, w), factors (B,); 1, 1, 1, 0 change nothing."""
+    """torchvision's ColorJitter of images (B, 3, h, w). Four factors (B,), neutral: 1, 1, 1, 0."""
     for i in order:
         x = operations[i](x, factors[i])
     return x
 
 
 def normalize(x):
-    """torchvision's Normalize of images (B, 3, h, w), which would wait for the GPU to check STD."""
+    """Images (B, 3, h, w). torchvision's Normalize would wait for the GPU, to check STD."""
     return torch.stack([(x[:, c] - MEAN[c]) / STD[c] for c in range(3)], 1)
 
 
 class MultiCrop(nn.Module):
-    """The V views of each image, 2 global, then local ones, made on the batch, on its device.
+    """The V views of a batch of images, 2 global ones first, made on the images' device.
 
     Random numbers depend only on (seed, step). They are drawn for the images of all processes, and
     each process takes its own, so results do not depend on the number of processes.
@@ -504,7 +507,7 @@ class MultiCrop(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.angles = []  # (B,) of each view in the last step: its rotation in degrees
+        self.angles = []  # the rotation (B,) of each view of the last step, in degrees
         functions = (warp, *COLOUR_OPERATIONS)
         if cfg.compile:
             functions = [torch.compile(function, dynamic=False) for function in functions]
@@ -517,14 +520,14 @@ class MultiCrop(nn.Module):
         gen = generator(images.device, self.cfg.seed, "views", step)
         orders = random.Random(seed_of(self.cfg.seed, "orders", step))  # of the colour operations
         images = images.float() / 255
-        views = range(2 + self.cfg.local_views)
-        return [self.make_view(images, aspect, step, view, gen, orders) for view in views]
+        count = 2 + self.cfg.local_views
+        return [self.make_view(images, aspect, step, i, gen, orders) for i in range(count)]
 
-    def make_view(self, images, aspect, step, view, gen, orders):
-        """View number `view` of images (B, 3, S, S) in [0, 1]: 0 and 1 are global, others local."""
+    def make_view(self, images, aspect, step, i, gen, orders):
+        """View number i of images (B, 3, S, S) in [0, 1]: 0 and 1 are global, the others local."""
         cfg = self.cfg
         size, scale = cfg.local_size, cfg.local_scale
-        if view < 2:
+        if i < 2:
             size, scale = cfg.global_size, cfg.global_scale
         B = len(images)
         rank, world = distributed()
@@ -541,13 +544,13 @@ class MultiCrop(nn.Module):
         shape = uniform(math.log(3 / 4), math.log(4 / 3), 10).exp()
         box = crop_box(area, shape, uniform(0, 1, 2), aspect)
         flip = chance(0.5)
-        angle = uniform(-90, 90)  # drawn for baug too, which then draws the same as caug
+        angle = uniform(-90, 90)  # drawn for baug too, so its crops and colours are those of caug
         if cfg.aug == "baug":
             angle = torch.zeros_like(angle)
         shift = None
         if cfg.aug == "caug+":
-            # A separate generator: how far so large a draw advances it depends on the kind of GPU.
-            own = generator(images.device, cfg.seed, "elastic", step, view)
+            # A separate one: how far so large a draw advances a generator depends on the GPU model.
+            own = generator(images.device, cfg.seed, "elastic", step, i)
             deformed = uniform(0, 1, gen=own) < 0.5
             noise = uniform(-1, 1, 2, size, size, gen=own)
             shift = elastic_shift(noise, alpha=100 * size / 224, sigma=5 * size / 224)
@@ -561,12 +564,13 @@ class MultiCrop(nn.Module):
         x = color_jitter(x, factors, orders.sample(range(4), 4), self.colour_operations)
         x = torch.where(chance(0.2)[:, None, None, None], TF.rgb_to_grayscale(x), x)
 
-        pixel = cfg.global_size / 224  # sigma and radius are meant for views of 224 px
-        blurred = chance(BLUR_PROBABILITY[min(view, 2)])
+        pixel = cfg.global_size / 224  # sigma and radius are meant for runs with 224 px
+        blurred = chance(BLUR_PROBABILITY[min(i, 2)])
         sigma = torch.where(blurred, uniform(0.1, 2.0) * pixel, 1e-3)  # 1e-3 does not blur
-        blur = gaussian_matrix(size, sigma, min(math.ceil(6 * pixel), size - 1))[:, None]
+        blur = gaussian_matrix(size, sigma, min(math.ceil(6 * pixel), size - 1))
+        blur = blur[:, None]  # (B, 1, size, size), for all colours
         x = blur @ x @ blur.mT
-        if view == 1:
+        if i == 1:
             solarised = chance(0.2)[:, None, None, None]
             x = torch.where(solarised & (x >= 0.5), 1 - x, x)
         return normalize(x)
@@ -597,9 +601,9 @@ def stochastic_depth(x, rate, training):
     if rate == 0 or not training:
         return x
     rank, world = distributed()  # as in `MultiCrop`, draw for the rows of all processes
-    kept = torch.rand(world, len(x), device=x.device)[rank] >= rate  # (N,)
-    scale = (kept / (1 - rate)).to(x.dtype)
-    return x * scale.view(-1, *[1] * (x.dim() - 1))
+    shape = (world, len(x)) + (1,) * (x.dim() - 1)
+    kept = torch.rand(shape, device=x.device)[rank] >= rate  # (N, 1, ..., 1)
+    return x * (kept / (1 - rate)).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -684,7 +688,7 @@ VIT = dict(
 
 
 def build_backbone(arch, img_size, drop_path=0.0, **options):
-    """A backbone f with .embed_dim = D: images (N, 3, H, W) -> (N, D). img_size: global views'."""
+    """A backbone f with .embed_dim = D: images (N, 3, H, W) -> (N, D). img_size: H = W of most."""
     if arch in VIT:
         return VisionTransformer(img_size, drop_path=drop_path, **{**VIT[arch], **options})
     if arch == "vmamba_tiny":
@@ -712,10 +716,11 @@ def initial_backbone(cfg, drop_path=0.0):
     return backbone
 
 
-def read_weights(path):
+def read_weights(path, names=()):
     """The tensors of a backbone, by name, from a run, timm, torchvision, DINO or a similar project.
 
-    Takes the teacher of a training checkpoint and drops classifiers. Runs no code of the file.
+    Takes the teacher of a training checkpoint and drops classifiers, unless the file has exactly
+    these names. Runs no code of the file.
     """
     if not Path(path).is_file():
         raise UserError(f"{path} not found")
@@ -723,6 +728,11 @@ def read_weights(path):
         state = torch.load(path, map_location="cpu", weights_only=True)
     for key in ("teacher", "student", "state_dict", "model"):
         state = state.get(key, state)
+    for name, value in state.items():
+        if not value.isfinite().all():
+            raise UserError(f"{path}: {name} is not finite")
+    if state.keys() == set(names):
+        return state
 
     tensors = {}
     is_whole_model = any("backbone." in name for name in state)  # with heads beside the backbone
@@ -732,15 +742,13 @@ def read_weights(path):
         is_backbone = name.startswith("backbone.") or not is_whole_model
         if is_backbone and not is_classifier:
             tensors[name.removeprefix("backbone.")] = value
-        if not value.isfinite().all():
-            raise UserError(f"{path}: {name} is not finite")
     return tensors
 
 
 def load_weights(backbone, path):
     """Load the weights of a file into a backbone of the same architecture."""
     try:
-        backbone.load_state_dict(read_weights(path))
+        backbone.load_state_dict(read_weights(path, backbone.state_dict()))
     except RuntimeError as error:  # lists what differs
         hint = "names may start with module. or backbone."
         raise UserError(f"{path} does not fit ({hint}): {str(error)[:400]}") from None
@@ -764,7 +772,7 @@ def draw_patterns(count, seed, side=32):
 
     # Coordinates in periods of the pattern: across and along, each (count, 2 * side, 2 * side)
     axis = (torch.arange(2 * side) + 0.5) / 2 - side / 2  # drawn at twice the size
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
+    x, y = torch.meshgrid(axis, axis, indexing="xy")
     tilt = uniform(-10, 10).deg2rad()
     period = uniform(8, 11)  # pixels
     across = (x * tilt.cos() + y * tilt.sin()) / period + uniform(0, 1)
@@ -790,10 +798,11 @@ def draw_patterns(count, seed, side=32):
         steps=(along + (2 * across).floor() % 4 / 4) % 1 < width,
     )
     labels = torch.arange(count) % 10
-    image = torch.stack([*bright.values()], 1)[torch.arange(count), labels].float()
+    image = torch.stack(list(bright.values()))  # (10, count, 2 * side, 2 * side)
+    image = image[labels, torch.arange(count)].float()  # (count, 2 * side, 2 * side)
     image = F.avg_pool2d(image[:, None], 2)  # (count, 1, side, side)
 
-    dark = uniform(0.12, 0.14)[..., None]
+    dark = uniform(0.12, 0.14)[..., None]  # (count, 1, 1, 1)
     light = uniform(0.86, 0.88)[..., None]
     image = dark + (light - dark) * image
     image = image + 0.02 * torch.randn(image.shape, generator=gen)
@@ -804,6 +813,11 @@ def draw_patterns(count, seed, side=32):
 def squash(pixels, side):
     """Bytes (3, H, W) -> (3, side, side), bicubic."""
     return F.interpolate(pixels[None], (side, side), mode="bicubic", antialias=True)[0]
+
+
+def stored_side(size):
+    """Side of the stored images for views of `size` pixels: 320 for 224, small ones as they are."""
+    return size if size <= 64 else round(size * 10 / 7)
 
 
 def decode(path, side):
@@ -901,14 +915,14 @@ class Images(Dataset):
                     yield pixels, aspect.to(device, non_blocking=True), i
                 end_if_hanging()
         except BaseException as error:
-            traceback.clear_frames(error.__traceback__)  # they hold the loader, and it the workers
+            traceback.clear_frames(error.__traceback__)  # they keep the loader and its workers
             raise
         finally:
             faulthandler.cancel_dump_traceback_later()
 
 
 def end_if_hanging():
-    """End the process after LOADER_TIMEOUT; DataLoader's own timeout misses stopped workers."""
+    """End the process after LOADER_TIMEOUT; DataLoader's does not notice workers that stopped."""
     faulthandler.dump_traceback_later(LOADER_TIMEOUT, exit=True, file=sys.__stderr__)
 
 
@@ -1049,11 +1063,11 @@ def collapse_metrics(features, P, Q):
 
 
 def collapse_alarm(part, m, K):
-    """What `collapse_metrics` m of a part with K prototypes say, and what to try; else ""."""
+    """A warning from the metrics m of a part with K prototypes, and what to try; "" if healthy."""
     if part == "EF" and m["own"] - m["other_view"] < 0.05:
         return (
-            "EF IS TRIVIAL: its output ignores the view. With L_Orth this is a known property, "
-            'not a fault of your run: see README, "The equivariant factor".'
+            "EF IS TRIVIAL: the output of h_EF ignores the view. With L_Orth this is a known "
+            'property, not a fault of your run: see README, "The equivariant factor".'
         )
     if part == "IR" and m["entropy"] > 0.99 * math.log(K):
         return "COLLAPSE of IR: uniform output. Lower --teacher-temp, --out-dim, --momentum, --lr."
@@ -1073,12 +1087,12 @@ def epoch_metrics(run):
     teacher, student_logits = run.last
     run.last = None
     metrics = {}
-    z = split(teacher.z, run.cfg.ratio)  # each (G, B, d)
-    parts = zip(("IR", "EF"), z, run.centres, teacher.logits, student_logits)
-    for part, features, centre, teacher_part, student_part in parts:
+    features = split(teacher.z, run.cfg.ratio)  # of IR (G, B, d) and EF (G, B, D - d)
+    parts = zip(("IR", "EF"), features, run.centres, teacher.logits, student_logits)
+    for part, z, centre, teacher_part, student_part in parts:
         P = sharpen(teacher_part, centre, run.cfg.teacher_temp)
         Q = F.softmax(student_part / STUDENT_TEMP, dim=-1)
-        values = collapse_metrics(gather(features), gather(P), gather(Q))  # of all processes
+        values = collapse_metrics(gather(z), gather(P), gather(Q))  # of all processes
         metrics.update({f"{part}_{name}": value for name, value in values.items()})
 
         alarm = collapse_alarm(part, values, P.shape[-1])
@@ -1094,7 +1108,6 @@ def epoch_metrics(run):
 
 LOG_EVERY = 10  # steps; reading a loss synchronises with the GPU. Stop signals are read here too
 SAVE_EVERY = 300  # seconds; a checkpoint is also written when a run stops or ends
-FEW_STEPS = 500  # a run with fewer prints a warning
 
 
 def setup():
@@ -1157,11 +1170,15 @@ def autocast(device, precision):
 class Training:
     """All that changes while training: student, teacher, centres, optimiser, step.
 
-    To try another loss, subclass it and pass --training module:Class, as extras/turn.py does. On
-    several GPUs, DDP needs every parameter in the loss.
+    To try another loss, subclass it and pass --training module:Class, as extras/turn.py does. A
+    layer of your own is saved and trained if you make it part of self.student and add its
+    parameters to self.optimizer.
     """
 
     def __init__(self, cfg, steps_per_epoch, device="cpu"):
+        if cfg.epochs == 0:
+            epochs = max(20, math.ceil(1000 / steps_per_epoch))
+            cfg = dataclasses.replace(cfg, epochs=epochs)
         self.cfg = cfg
         self.device = torch.device(device)
         self.steps_per_epoch = steps_per_epoch
@@ -1190,7 +1207,7 @@ class Training:
 
         if distributed()[1] > 1 and self.device.type == "cuda":
             has_batch_norm = any(isinstance(m, nn.BatchNorm2d) for m in self.student.modules())
-            if has_batch_norm and cfg.compile:  # past torch's limit of recompilations
+            if has_batch_norm and cfg.compile:  # would exceed torch's recompilation limit
                 raise UserError("--compile does not support batch norm on several GPUs")
             for net in (self.student, self.teacher):
                 nn.SyncBatchNorm.convert_sync_batchnorm(net)  # in place
@@ -1199,12 +1216,13 @@ class Training:
             for net in (self.student, self.teacher):
                 for module in (net.backbone, *net.heads):
                     module.compile(dynamic=False)
-        self.ddp_student = self.student
-        if dist.is_initialized():
-            self.ddp_student = nn.parallel.DistributedDataParallel(self.student)
 
     def loss(self, student, teacher):
-        """The named terms of the loss. student, teacher: `Output` for V and for G views."""
+        """The terms of the loss by name, scalar tensors. All are logged, "loss" is minimised.
+
+        student, teacher: `Output` for V and for G views of this process's images, that is z
+        (V, B, D) and logits: IR (V, B, K), EF (V, B, K'). Their rotations: self.augment.angles.
+        """
         heads = self.student.heads
         return clever_loss(self.cfg, student.logits, teacher.logits, self.centres, heads)
 
@@ -1255,11 +1273,6 @@ def save_crops(path, images, views):
     torchvision.utils.save_image(tiles.clamp(0, 1), path, nrow=len(columns), padding=8)
 
 
-def stored_side(size):
-    """Side of the stored images for views of `size` pixels: 320 for 224, small ones as they are."""
-    return size if size <= 64 else round(size * 10 / 7)
-
-
 def open_folder(cfg):
     """The folder of the run, with its config.json. Only --resume may enter one that holds a run."""
     name = f"{Path(cfg.data).resolve().name}-{cfg.method}-{cfg.aug}-{time.strftime('%m%d-%H%M%S')}"
@@ -1296,16 +1309,15 @@ def stop_signals():
 def start(cfg, data, device):
     """The `Training` and the folder of a run, new or continued."""
     world = distributed()[1]
-    if not 0 < cfg.batch <= len(data) or cfg.batch % world:
-        sizes = f"{world} processes and at most {len(data)} images"
-        raise UserError(f"--batch {cfg.batch} must be a multiple of {sizes}")
+    if not 0 < cfg.batch <= len(data):
+        raise UserError(f"--batch {cfg.batch} must be between 1 and {len(data)}, all images")
+    if cfg.batch % world:
+        raise UserError(f"--batch {cfg.batch} must be a multiple of {world}, the processes")
     steps_per_epoch = len(data) // cfg.batch
-    if cfg.epochs == 0:
-        epochs = max(20, math.ceil(2 * FEW_STEPS / steps_per_epoch))
-        cfg = dataclasses.replace(cfg, epochs=epochs)
 
     kind = pkgutil.resolve_name(cfg.training) if cfg.training else Training
     run = kind(cfg, steps_per_epoch, device)
+    cfg = run.cfg
     run.digest = data.digest()
     if cfg.resume:
         restore(run, Path(cfg.out))  # before config.json is written, because it may refuse
@@ -1318,7 +1330,7 @@ def start(cfg, data, device):
     steps = f"{cfg.epochs} epochs x {steps_per_epoch} steps x {cfg.batch} images"
     report(f"{steps}, from step {run.step}")
     report(f"peak lr {max(run.lr):.2g}, precision {cfg.precision}; writes to {out}")
-    if run.steps < FEW_STEPS:
+    if run.step == 0 and run.steps < 500:
         report(f"warning: only {run.steps} steps; raise --epochs or lower --batch")
     return run, out
 
@@ -1351,8 +1363,8 @@ def train(cfg, data, device):
                 steps_per_second = (run.step - first_step) / (time.monotonic() - began)
                 bar.set_postfix_str(log(run, recent, steps_per_second, out))
                 recent = []
-                stop = torch.tensor(float(len(signals)), device=device)
-                stop = mean_over_processes(stop) > 0  # all processes stop at the same step
+                received = torch.tensor(float(len(signals)), device=device)
+                stop = mean_over_processes(received) > 0  # all processes stop at the same step
                 if stop or run.step == run.steps or time.monotonic() - saved > SAVE_EVERY:
                     save(run, out)
                     saved = time.monotonic()
@@ -1369,7 +1381,7 @@ def log(run, recent, steps_per_second, out):
     mean = mean_over_processes(torch.stack(rows).mean(0))
     line = dict(zip(recent[0], mean.tolist()))
     if not math.isfinite(line["loss"]):
-        raise UserError(f"not finite at step {run.step}: {line}; try a lower --lr")
+        raise UserError(f"the loss is not finite at step {run.step}: {line}; try a lower --lr")
 
     epoch = run.step / run.steps_per_epoch
     speed = steps_per_second * run.cfg.batch
@@ -1394,7 +1406,7 @@ CHUNK = 256  # images that pass the backbone together
 
 def centre_view(images, aspect, size, flip, angle, shift=None):
     """The test view, the centre square: bytes (B, 3, S, S) -> (B, 3, size, size) in [0, 1]."""
-    fraction = 0.875 if size > 64 else 1.0  # 224 of 256 pixels
+    fraction = 0.875 if size > 64 else 1.0  # 224 / 256, as usual on ImageNet
     half = torch.stack([(1 / aspect).clamp(max=1), aspect.clamp(max=1)], 1) * fraction  # (B, 2)
     box = torch.cat([torch.zeros_like(half), half], 1)  # (B, 4)
     return warp(images.float() / 255, size, box, flip, angle, shift)
@@ -1406,7 +1418,7 @@ def disc(size, device):
     return (axis**2 + axis[:, None] ** 2 <= 1).float()
 
 
-def columns(D, ratio):
+def part_columns(D, ratio):
     """The dimensions of each part of z, by name. "random", as many as EF, is its control."""
     z = torch.arange(D)
     z_ir, z_ef = split(z, ratio)
@@ -1428,9 +1440,9 @@ def knn(bank, labels, queries, classes, k=20, temperature=0.07):
 
 
 def accuracy(scores, labels, k=1):
-    """Top-k accuracy in % of scores (N, C), labels (N,). Of equal scores the label's comes last."""
+    """Top-k accuracy in % of scores (N, C) for labels (N,). A tie counts against the label."""
     own = scores.gather(1, labels[:, None])  # (N, 1)
-    rank = (~(scores < own)).sum(1)  # from 1; NaN is no hit
+    rank = (~(scores < own)).sum(1)  # from 1; unlike >=, this also counts NaN against the label
     return 100 * float((rank <= k).double().mean())
 
 
@@ -1459,21 +1471,24 @@ def extract(backbone, cfg, data, count, device):
 
     All are cut to the inscribed disc: the black corners of a rotated square give its angle away.
     """
+
+    def represent(images, aspect, angle):
+        size, no_flip = cfg.global_size, torch.zeros_like(angle).bool()
+        view = centre_view(images, aspect, size, no_flip, angle) * disc(size, device)
+        return backbone.forward(normalize(view)).float()  # (B, D); forward skips torch.compile
+
     rows = torch.randperm(len(data), generator=generator("cpu", "subset"))[:count]
     angles = torch.rand(len(data), generator=generator("cpu", "angles")) * 180 - 90  # of each image
     stream = data.stream([chunk.tolist() for chunk in rows.split(CHUNK)], device, cfg.workers)
     upright, rotated, index = [], [], []
     with contextlib.closing(stream):
-        for images, aspect, shown in stream:
-            zero = torch.zeros(len(shown), device=device)
-            for features, angle in ((upright, zero), (rotated, angles[shown].to(device))):
-                view = centre_view(images, aspect, cfg.global_size, zero.bool(), angle)
-                view = normalize(view * disc(cfg.global_size, device))
-                features.append(backbone.forward(view).float())  # not compiled, for one pass
-            index.append(shown)
-    index = torch.cat(index)
-    angle, label = angles[index].to(device), data.labels[index].to(device)
-    return torch.cat(upright), torch.cat(rotated), angle, label
+        for images, aspect, i in stream:
+            angle = angles[i].to(device)
+            upright.append(represent(images, aspect, torch.zeros_like(angle)))
+            rotated.append(represent(images, aspect, angle))
+            index.append(i)
+    i = torch.cat(index)
+    return torch.cat(upright), torch.cat(rotated), angles[i].to(device), data.labels[i].to(device)
 
 
 def probe(backbone, cfg, data, val, device):
@@ -1482,7 +1497,7 @@ def probe(backbone, cfg, data, val, device):
     bank, bank_rotated, bank_angle, labels = extract(backbone, cfg, data, 4096, device)
     upright, rotated, angle, truth = extract(backbone, cfg, val, 2000, device)
     results = {"k-NN, upright": {}, "k-NN, rotated": {}, "R2 of the angle": {}}
-    for part, dims in columns(bank.shape[1], cfg.ratio).items():
+    for part, dims in part_columns(bank.shape[1], cfg.ratio).items():
         for name, queries in (("k-NN, upright", upright), ("k-NN, rotated", rotated)):
             votes = knn(bank[:, dims], labels, queries[:, dims], len(data.classes))
             results[name][part] = accuracy(votes, truth)
@@ -1493,15 +1508,16 @@ def probe(backbone, cfg, data, val, device):
 
 def compare(cfg, data, val, device, initial, trained):
     """Print and return what a backbone knew before training and what it knows after."""
-    before = probe(initial, cfg, data, val, device)  # a ResNet's batch norms have no statistics yet
+    before = probe(initial, cfg, data, val, device)
     after = probe(trained, cfg, data, val, device)
+    parts = list(after["R2 of the angle"])
     rows = []
-    for name, values in after.items():
+    for name in after:
         digits = 1 if name.startswith("k-NN") else 3
-        pairs = [(before[name][part], value) for part, value in values.items()]
+        pairs = [(before[name][part], after[name][part]) for part in parts]
         rows.append([name, *[f"{a:.{digits}f} -> {b:.{digits}f}" for a, b in pairs]])
     report("\nTest images, cut to a disc. k-NN: accuracy in %. R2: 1 is exact, 0 is guessing.\n")
-    print_table(["initial -> trained", *values], rows)
+    print_table(["initial -> trained", *parts], rows)
     return dict(before=before, after=after)
 
 
@@ -1518,7 +1534,7 @@ def print_table(head, rows):
 
 
 def parse(argv=None):
-    """The `Config` that a command line asks for: its options over those of a preset or of a run."""
+    """The `Config` of a command line, whose options override those of a preset or of a run."""
     parser = argparse.ArgumentParser(
         usage="clever.py [options]",
         description="In brackets: the defaults for a folder of images, which are the paper's.",
@@ -1539,12 +1555,14 @@ def parse(argv=None):
         raise UserError("--resume needs --out, the folder of the run")
     if "resume" in given and ("data" not in given or Path(out, "config.json").exists()):
         started = load_config(out)
-        placeholders = dict(recipe="auto", epochs=0)  # the run has the values that they stood for
-        given = {name: value for name, value in given.items() if value != placeholders.get(name)}
+        for name, placeholder in (("recipe", "auto"), ("epochs", 0)):
+            if given.get(name) == placeholder:
+                del given[name]  # the run has the value that it stood for
         cfg = dataclasses.replace(started, **given)
         for name in given.keys() - {"data", "init", "out", "workers", "resume"}:
             if getattr(cfg, name) != getattr(started, name):
-                raise UserError(f"{flag(name)} was {getattr(started, name)} in this run; remove it")
+                value = getattr(started, name)
+                raise UserError(f"{flag(name)} is {value} in this run and cannot change")
         return cfg
 
     recipe = given.get("recipe", "auto")

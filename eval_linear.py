@@ -159,7 +159,7 @@ class Representation(nn.Module):
         self.blocks = min(4, len(backbone.blocks)) if cfg.arch in clever.VIT else 1
         self.width = self.blocks * D
 
-        parts = clever.columns(D, cfg.ratio)
+        parts = clever.part_columns(D, cfg.ratio)
         first = self.width - D  # of z
         self.knn_columns = {part: first + dims.to(device) for part, dims in parts.items()}
         self.linear_columns = dict(self.knn_columns, all=torch.arange(self.width, device=device))

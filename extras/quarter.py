@@ -6,7 +6,8 @@ The local views are turned by k = 0, 1, 2 or 3 quarter turns, which are exact an
 corners. IR has to ignore the turn, because L_CL compares local views with the teacher's upright
 global views; EF has to know it, because h_EF, with K' = 4 outputs, predicts k:
 
-    L = L_CL + 0.4 CE(h_EF(z_EF) / 0.1, k)
+    L_Quarter = mean of CE(h_EF(z_EF) / 0.1, k)     over the local views
+    L         = L_CL + 0.4 L_Quarter
 
 A step costs no more than DINO's. The control is extras.quarter:Shuffled, whose labels are unrelated
 to the turns. results.md has the measurements.

@@ -1,8 +1,8 @@
 """Another loss for EF, as an example of a fork:
 
-    python clever.py --training extras.turn:Turn --ef-out-dim 64 [options of clever.py]
+    python clever.py --training extras.turn:Turn --ef-out-dim 64 --aug caug [options]
 
-An EF that ignores the view already minimises L_Orth. Here the K' outputs of h_EF are the
+An EF that ignores the view already nearly minimises L_Orth. Here the K' outputs of h_EF are the
 coordinates of K' / 2 points in a plane, which should turn with the view. The augmentation knows the
 angles: turned back by them, the outputs of all views of an image should agree, over the same pairs
 as in L_Orth:
