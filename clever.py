@@ -1066,8 +1066,8 @@ def collapse_alarm(part, m, K):
     """A warning from the metrics m of a part with K prototypes, and what to try; "" if healthy."""
     if part == "EF" and m["own"] - m["other_view"] < 0.05:
         return (
-            "EF IS TRIVIAL: the output of h_EF ignores the view. With L_Orth this is a known "
-            'property, not a fault of your run: see README, "The equivariant factor".'
+            "EF IS TRIVIAL: the output of h_EF ignores the view. With L_Orth this is expected; "
+            'see README, "The equivariant factor".'
         )
     if part == "IR" and m["entropy"] > 0.99 * math.log(K):
         return "COLLAPSE of IR: uniform output. Lower --teacher-temp, --out-dim, --momentum, --lr."
