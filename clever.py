@@ -226,10 +226,8 @@ def train_step(run, views, step):
     terms["loss"].backward()
 
     # 4. Update the student. Each gradient is clipped on its own; prototypes are frozen at first.
-    for p in run.student.parameters():
-        if p.grad is not None:  # a loss of your own may not use every parameter
-            mean_over_processes(p.grad)  # in place
-            p.grad *= (CLIP / (p.grad.norm() + 1e-6)).clamp(max=1)
+    for gradient in average_gradients(run.student.parameters()):
+        gradient *= (CLIP / (gradient.norm() + 1e-6)).clamp(max=1)
     if step < cfg.freeze_epochs * run.steps_per_epoch:
         for head in run.student.heads:
             head.prototypes.weight.grad = None
@@ -1134,6 +1132,17 @@ def mean_over_processes(x):
         dist.all_reduce(x)
         x /= dist.get_world_size()
     return x
+
+
+def average_gradients(parameters):
+    """Average the gradients over all processes, in place and in one message. Returns them."""
+    gradients = [p.grad for p in parameters if p.grad is not None]  # a loss may not use all
+    if dist.is_initialized():
+        flat = mean_over_processes(torch.cat([gradient.flatten() for gradient in gradients]))
+        means = flat.split([gradient.numel() for gradient in gradients])
+        for gradient, mean in zip(gradients, means):
+            gradient.copy_(mean.view_as(gradient))
+    return gradients
 
 
 def gather(x):

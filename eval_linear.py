@@ -391,8 +391,7 @@ def train_probes(args, model, data, bank):
             optimizer.zero_grad()
             sum(scale * loss for scale, loss in zip(scales, losses)).backward()
             for group in optimizer.param_groups:
-                for weight in group["params"]:
-                    clever.mean_over_processes(weight.grad)  # in place
+                clever.average_gradients(group["params"])
             optimizer.step()
             schedule.step()
 

@@ -120,7 +120,7 @@ def main():
         columns = [*[" ".join(probe) for probe in PROBES], "R² of the angle"]
         show_parts(TITLES[letter], collect(letter, read_evaluation), columns, (1, 1, 1, 1, 3))
     columns = [*KNN, "R² of the angle"]
-    show_parts(TITLES["p"], collect("p", read_comparison), columns, (1, 1, 2))
+    show_parts(TITLES["p"], collect("p", read_comparison), columns, (1, 1, 3))
 
     rows = []
     for letter, title in TITLES.items():
