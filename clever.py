@@ -414,7 +414,7 @@ def crop_box(area, shape, place, aspect):
     allowed = aspect.clamp(3 / 4, 4 / 3)  # width / height
     centred = torch.stack([allowed / aspect, aspect / allowed], 1).clamp(max=1)  # (B, 2)
 
-    half = torch.where(any_fits, drawn, centred)  # half width and height, since the image's are 2
+    half = torch.where(any_fits, drawn, centred)  # half sizes: the image is 2 wide and 2 high
     centre = torch.where(any_fits, (2 * place - 1) * (1 - half), 0)
     return torch.cat([centre, half], 1)
 
@@ -448,7 +448,7 @@ def elastic_shift(noise, alpha, sigma):
 
 
 def blend(other, x, factor):
-    """Blend two images (B, 3, h, w): factor (B,) 0 gives `other`, 1 gives x, more overshoots."""
+    """From `other` (factor 0) to x (factor 1), images (B, 3, h, w); factor (B,) may exceed 1."""
     return torch.lerp(other, x, factor[:, None, None, None]).clamp(0, 1)
 
 
@@ -491,7 +491,7 @@ def color_jitter(x, factors, order=(0, 1, 2, 3), operations=COLOUR_OPERATIONS):
 
 
 def normalize(x):
-    """Images (B, 3, h, w). torchvision's Normalize would wait for the GPU, to check STD."""
+    """Normalise images (B, 3, h, w). torchvision's Normalize would wait for the GPU."""
     return torch.stack([(x[:, c] - MEAN[c]) / STD[c] for c in range(3)], 1)
 
 
@@ -547,7 +547,7 @@ class MultiCrop(nn.Module):
             angle = torch.zeros_like(angle)
         shift = None
         if cfg.aug == "caug+":
-            # A separate one: how far so large a draw advances a generator depends on the GPU model.
+            # A generator of its own: how far so large a draw advances it depends on the GPU model.
             own = generator(images.device, cfg.seed, "elastic", step, i)
             deformed = uniform(0, 1, gen=own) < 0.5
             noise = uniform(-1, 1, 2, size, size, gen=own)
@@ -686,7 +686,7 @@ VIT = dict(
 
 
 def build_backbone(arch, img_size, drop_path=0.0, **options):
-    """A backbone f with .embed_dim = D: images (N, 3, H, W) -> (N, D). img_size: H = W of most."""
+    """A backbone f with .embed_dim = D: images (N, 3, H, W) -> (N, D). img_size: global views'."""
     if arch in VIT:
         return VisionTransformer(img_size, drop_path=drop_path, **{**VIT[arch], **options})
     if arch == "vmamba_tiny":
@@ -1227,10 +1227,10 @@ class Training:
                     module.compile(dynamic=False)
 
     def loss(self, student, teacher):
-        """The terms of the loss by name, scalar tensors. All are logged, "loss" is minimised.
+        """The terms of the loss by name, scalar tensors. All are logged; "loss" is minimised.
 
         student, teacher: `Output` for V and for G views of this process's images, that is z
-        (V, B, D) and logits: IR (V, B, K), EF (V, B, K'). Their rotations: self.augment.angles.
+        (V, B, D) and logits, IR (V, B, K) and EF (V, B, K'). self.augment.angles: their rotations.
         """
         heads = self.student.heads
         return clever_loss(self.cfg, student.logits, teacher.logits, self.centres, heads)
@@ -1319,9 +1319,9 @@ def start(cfg, data, device):
     """The `Training` and the folder of a run, new or continued."""
     world = distributed()[1]
     if not 0 < cfg.batch <= len(data):
-        raise UserError(f"--batch {cfg.batch} must be between 1 and {len(data)}, all images")
+        raise UserError(f"--batch {cfg.batch} must be between 1 and {len(data)}, the image count")
     if cfg.batch % world:
-        raise UserError(f"--batch {cfg.batch} must be a multiple of {world}, the processes")
+        raise UserError(f"--batch {cfg.batch} must be a multiple of {world}, the process count")
     steps_per_epoch = len(data) // cfg.batch
 
     kind = pkgutil.resolve_name(cfg.training) if cfg.training else Training

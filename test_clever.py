@@ -490,8 +490,7 @@ class OwnLayer(clever.Training):
 
     def __init__(self, cfg, steps_per_epoch):
         super().__init__(cfg, steps_per_epoch)
-        width = clever.split(torch.empty(self.student.backbone.embed_dim), cfg.ratio)[1].numel()
-        self.student.layer = nn.Linear(width, 5)
+        self.student.layer = nn.Linear(self.student.heads[1].mlp[0].in_features, 5)
         self.optimizer.add_param_group(dict(params=self.student.layer.parameters()))
 
     def loss(self, student, teacher):
