@@ -23,9 +23,9 @@ average of the student (DINO, arXiv 2104.14294):
 
 Without the split this is DINO: `--method dino`, L = L_CL.
 
-Shapes: B images in this process, stored as S x S pixels; V views of each, the first G = 2 of them
-global; D features, d of them IR; K prototypes of h_IR, K' of h_EF. Elsewhere N images or rows, C
-classes, h x w pixels or patches.
+Shapes: B images in this process, stored as S x S pixels; V views of each: G = 2 global ones (large
+crops), then the local ones (small crops); D features, d of them IR; K prototypes of h_IR, K' of
+h_EF. Elsewhere N images or rows, C classes, h x w pixels or patches.
 """
 
 import argparse
@@ -88,7 +88,7 @@ class ProjectionHead(nn.Module):
     def forward(self, x):
         x = F.normalize(self.mlp(x), dim=-1)
         w = F.normalize(self.prototypes.weight, dim=-1)  # (K, bottleneck_dim)
-        return F.linear(x, w).to(w.dtype)  # computed in bf16, P's exponents are off by up to 0.05
+        return F.linear(x, w).to(w.dtype)  # float32: P divides the rounding errors by 0.04
 
 
 Output = collections.namedtuple("Output", "z logits")
@@ -111,6 +111,7 @@ class CLeVER(nn.Module):
         """V views (B, 3, h, w) -> z (V, B, D). Adjacent views of one size pass f together."""
         z = []
         for _, same_size in itertools.groupby(views, key=lambda view: view.shape[-1]):
+            # Image by image: each process has to draw the stochastic depth of its own images.
             images = torch.stack(list(same_size), 1)  # (B, n, 3, h, w)
             features = self.backbone(images.flatten(0, 1))  # (B * n, D)
             z.append(features.unflatten(0, images.shape[:2]).transpose(0, 1))  # (n, B, D)
@@ -143,33 +144,31 @@ def mean_over_pairs(terms):
     return (terms.mean(2) * different).sum() / (G * (V - 1))
 
 
-def invariance_loss(student, teacher, centre, student_temp=STUDENT_TEMP, teacher_temp=TEACHER_TEMP):
+def invariance_loss(student, teacher, centre, teacher_temp=TEACHER_TEMP):
     """L_CL, the mean of -P_i . log Q_j: views of one image agree in IR. This is DINO's loss.
 
     student (V, B, K), teacher (G, B, K): logits of h_IR, global views first; centre: c (K,).
     """
     P = sharpen(teacher, centre, teacher_temp)  # (G, B, K)
-    log_Q = F.log_softmax(student / student_temp, dim=-1)  # (V, B, K)
+    log_Q = F.log_softmax(student / STUDENT_TEMP, dim=-1)  # (V, B, K)
     cross_entropy = -torch.einsum("gbk,vbk->gvb", P, log_Q)
     return mean_over_pairs(cross_entropy)
 
 
-def orthogonality_loss(
-    student, teacher, centre, student_temp=STUDENT_TEMP, teacher_temp=TEACHER_TEMP
-):
+def orthogonality_loss(student, teacher, centre, teacher_temp=TEACHER_TEMP):
     """L_Orth, the mean of |cos(P'_i, Q'_j)|: views of one image differ in EF.
 
     The arguments are those of `invariance_loss`, for h_EF.
     """
     P = sharpen(teacher, centre, teacher_temp)  # (G, B, K')
-    Q = F.softmax(student / student_temp, dim=-1)  # (V, B, K')
+    Q = F.softmax(student / STUDENT_TEMP, dim=-1)  # (V, B, K')
     product = torch.einsum("gbk,vbk->gvb", P, Q)
     norms = P.norm(dim=-1)[:, None] * Q.norm(dim=-1)  # (G, 1, B) * (V, B) -> (G, V, B)
     return mean_over_pairs((product / norms).abs())  # the paper's abs; P and Q are positive anyway
 
 
 def projector_regularization(head_ir, head_ef):
-    """L_PReg, the difference of the heads' summed squared parameters: neither wins by growing."""
+    """L_PReg, the difference of the heads' summed squared parameters: keeps their sizes equal."""
     ir = sum(p.square().sum() for p in head_ir.parameters())
     ef = sum(p.square().sum() for p in head_ef.parameters())
     return (ir - ef).abs()
@@ -241,7 +240,7 @@ def train_step(run, views, step):
             mean = mean_over_processes(logits.mean((0, 1), dtype=centre.dtype))  # (K,)
             centre.lerp_(mean, 1 - CENTRE_MOMENTUM)
 
-    if (step + 1) % run.steps_per_epoch == 0:  # for `epoch_metrics`: copies of the global views
+    if (step + 1) % run.steps_per_epoch == 0:  # for `epoch_metrics`, which needs only global views
         run.last = teacher, [logits[:2].detach().clone() for logits in student.logits]
     return {name: term.detach() for name, term in terms.items()}
 
@@ -286,7 +285,7 @@ class Config:
     arch: str = option(
         "vit_tiny", "vit_{micro,tiny,small,base}, resnet{18,34,50,101}, vmamba_tiny, module:Class"
     )
-    init: str = option("", "file of weights to start from; also lower --lr")
+    init: str = option("", "file of weights to start from; also lower --lr, raise --momentum")
     out_dim: int = option(65536, "prototypes K of the IR head; fewer help if the output is uniform")
     ef_out_dim: int = option(0, "prototypes K' of the EF head; 0 means as many as IR")
     hidden_dim: int = option(2048, "width of the heads' hidden layers")
@@ -365,7 +364,7 @@ def generator(device, *key):
 
 
 def warp(images, size, box, flip, angle, shift=None):
-    """One view of each image, sampled once through all changes of coordinates: the paper's T.
+    """One view of each image, sampled once through all changes of coordinates: T, but for colour.
 
     images (B, 3, S, S) -> (B, 3, size, size), black where a pixel comes from outside the crop
     box (B, 4): the crop's centre x, y and half width, half height, in an image of [-1, 1] x [-1, 1]
@@ -429,14 +428,10 @@ def gaussian_matrix(size, sigma, radius):
     weight = torch.exp(-0.5 * (tap / sigma[:, None]) ** 2)  # (B, taps)
     weight = weight / weight.sum(1, keepdim=True)
 
-    source = torch.arange(size, device=sigma.device)[:, None] + tap  # (size, taps)
-    last = size - 1
-    source = last - (last - source.abs()).abs()  # mirrored at both ends: -1 -> 1, size -> size - 2
-
-    B = len(sigma)
-    matrix = sigma.new_zeros(B, size, size)
-    weight = weight[:, None].expand(B, size, -1)  # (B, size, taps)
-    return matrix.scatter_add_(2, source.expand(B, -1, -1), weight)
+    pixels = torch.eye(size, dtype=sigma.dtype, device=sigma.device)  # each alone in a row
+    mirrored = F.pad(pixels[None], (radius, radius), mode="reflect")[0]
+    windows = mirrored.unfold(1, len(tap), 1)  # (size, size, taps): of each pixel, around each r
+    return torch.einsum("bt,prt->brp", weight, windows)
 
 
 def elastic_shift(noise, alpha, sigma):
@@ -547,7 +542,7 @@ class MultiCrop(nn.Module):
             angle = torch.zeros_like(angle)
         shift = None
         if cfg.aug == "caug+":
-            # A generator of its own: how far so large a draw advances it depends on the GPU model.
+            # A generator of its own: how far a large draw advances it depends on the GPU model.
             own = generator(images.device, cfg.seed, "elastic", step, i)
             deformed = uniform(0, 1, gen=own) < 0.5
             noise = uniform(-1, 1, 2, size, size, gen=own)
@@ -717,8 +712,8 @@ def initial_backbone(cfg, drop_path=0.0):
 def read_weights(path, names=()):
     """The tensors of a backbone, by name, from a run, timm, torchvision, DINO or a similar project.
 
-    Takes the teacher of a training checkpoint and drops classifiers, unless the file has exactly
-    these names. Runs no code of the file.
+    Takes the teacher of a training checkpoint and drops classifiers, unless the file's names are
+    exactly `names`. Runs no code of the file.
     """
     if not Path(path).is_file():
         raise UserError(f"{path} not found")
@@ -732,15 +727,12 @@ def read_weights(path, names=()):
     if state.keys() == set(names):
         return state
 
-    tensors = {}
-    is_whole_model = any("backbone." in name for name in state)  # with heads beside the backbone
-    for name, value in state.items():
-        name = re.sub(r"^(module\.|_orig_mod\.)+", "", name)
-        is_classifier = re.match(r"(head|fc|projector|classifier\.head)\b", name)
-        is_backbone = name.startswith("backbone.") or not is_whole_model
-        if is_backbone and not is_classifier:
-            tensors[name.removeprefix("backbone.")] = value
-    return tensors
+    state = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): state[name] for name in state}
+    inside = [name for name in state if name.startswith("backbone.")]
+    if inside:  # a whole model: the backbone and its heads
+        return {name.removeprefix("backbone."): state[name] for name in inside}
+    classifier = r"(head|fc|projector|classifier\.head)\b"
+    return {name: state[name] for name in state if not re.match(classifier, name)}
 
 
 def load_weights(backbone, path):
@@ -846,7 +838,7 @@ def upper_bits(image):
     return ImageOps.invert(image) if white_is_zero else image
 
 
-LOADER_TIMEOUT = 300  # seconds to wait for a batch
+LOADER_TIMEOUT = 1800  # seconds to wait for a batch; large PNGs take a worker minutes
 
 
 class Images(Dataset):
@@ -870,15 +862,16 @@ class Images(Dataset):
     def __getitem__(self, i):
         if torch.is_tensor(self.images):
             return squash(self.images[i], self.side), 1.0, i
-        while True:
+        for _ in range(len(self) if self.replace else 1):
             try:
                 return *decode(self.images[i], self.side), i
             except UserError as error:
                 action = "showing the next image" if self.replace else "leaving it out"
                 print(f"warning: {error}; {action}", file=sys.stderr)
-            if not self.replace:
-                return None
             i = (i + 1) % len(self)
+        if self.replace:
+            raise UserError("no image can be read")
+        return None
 
     def digest(self):
         """A hash of the files' names: a resumed run must see the same files."""
@@ -1068,7 +1061,9 @@ def collapse_alarm(part, m, K):
             'see README, "The equivariant factor".'
         )
     if part == "IR" and m["entropy"] > 0.99 * math.log(K):
-        return "COLLAPSE of IR: uniform output. Lower --teacher-temp, --out-dim, --momentum, --lr."
+        return (
+            "COLLAPSE of IR: uniform output. Lower --teacher-temp, --out-dim, --momentum or --lr."
+        )
     if "rank" not in m:
         return ""
     if m["kl_uniform"] > 0.95 * math.log(K):
@@ -1076,7 +1071,9 @@ def collapse_alarm(part, m, K):
     if m["std"] < 0.1 or m["rank"] < 2:
         return f"COLLAPSE of {part}: all images have nearly the same features. Lower --lr."
     if part == "IR" and m["own"] - m["other_image"] < 0.02:
-        return "COLLAPSE of IR: its output ignores the image. Raise --epochs, lower --batch, --lr."
+        return (
+            "COLLAPSE of IR: its output ignores the image. Raise --epochs; lower --batch or --lr."
+        )
     return ""
 
 
@@ -1136,7 +1133,7 @@ def mean_over_processes(x):
 
 def average_gradients(parameters):
     """Average the gradients over all processes, in place and in one message. Returns them."""
-    gradients = [p.grad for p in parameters if p.grad is not None]  # a loss may not use all
+    gradients = [p.grad for p in parameters if p.grad is not None]  # a loss may leave some unused
     if dist.is_initialized():
         flat = mean_over_processes(torch.cat([gradient.flatten() for gradient in gradients]))
         means = flat.split([gradient.numel() for gradient in gradients])
@@ -1261,7 +1258,9 @@ def save(run, out):
 def restore(run, out):
     """Continue from checkpoint.pt, if there is one. No code in the file is run."""
     path = out / "checkpoint.pt"
-    if not path.exists() and not (out / "backbone.pt").exists():
+    if not path.exists():
+        if (out / "backbone.pt").exists():
+            raise UserError(f"{out} has no checkpoint.pt; to start again, remove its backbone.pt")
         return  # a new run
     checkpoint = torch.load(path, map_location=run.device, weights_only=True)
     if checkpoint["digest"] != run.digest:
@@ -1286,13 +1285,21 @@ def open_folder(cfg):
     """The folder of the run, with its config.json. Only --resume may enter one that holds a run."""
     name = f"{Path(cfg.data).resolve().name}-{cfg.method}-{cfg.aug}-{time.strftime('%m%d-%H%M%S')}"
     out = Path(cfg.out or Path("runs", name))
-    if distributed()[0] == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(out / "config.json", "w" if cfg.resume else "x") as file:
-                json.dump({**vars(cfg), "out": str(out)}, file, indent=1)
-        except FileExistsError:
-            raise UserError(f"--out {out} holds a run; continue it with --resume") from None
+    if distributed()[0] > 0:
+        return out
+    out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({**vars(cfg), "out": str(out)}, indent=1)
+    path = out / "config.json"
+    if cfg.resume:
+        new = out / f"config.json.{os.getpid()}.tmp"
+        new.write_text(text)
+        os.replace(new, path)
+        return out
+    try:
+        with open(path, "x") as file:
+            file.write(text)
+    except FileExistsError:
+        raise UserError(f"--out {out} holds a run; continue it with --resume") from None
     return out
 
 
@@ -1359,7 +1366,7 @@ def train(cfg, data, device):
     bar = tqdm(total=run.steps, initial=run.step, unit="step", disable=rank > 0 or None)
 
     # Closing the stream ends the loader's workers, however the loop ends.
-    with contextlib.closing(stream), contextlib.closing(bar), stop_signals() as signals:
+    with stop_signals() as signals, contextlib.closing(stream), contextlib.closing(bar):
         for images, aspect, _ in stream:
             views = run.augment(images, aspect, run.step)
             if run.step == 0 and rank == 0:

@@ -362,22 +362,22 @@ def base(photos, tmp_path_factory):
 
 # Claims 1 and 2
 @pytest.mark.parametrize("name", ["invariance", "orthogonality"])
-@pytest.mark.parametrize("V, B, K, temps", [(2, 1, 2, (0.1, 0.04)), (10, 4, 64, (0.2, 0.07))])
-def test_losses_equal_naive_ones(name, V, B, K, temps):
+@pytest.mark.parametrize("V, B, K, temp", [(2, 1, 2, 0.04), (10, 4, 64, 0.07)])
+def test_losses_equal_naive_ones(name, V, B, K, temp):
     loss = getattr(clever, f"{name}_loss")
     naive = getattr(published, f"naive_{name}")
     student = normal(V, B, K).requires_grad_()
     teacher = normal(2, B, K, seed=1).requires_grad_()
     centre = normal(K, seed=2)
-    ours = loss(student, teacher, centre, *temps)
-    theirs = naive(student, teacher, centre, *temps)
+    ours = loss(student, teacher, centre, temp)
+    theirs = naive(student, teacher, centre, temp)
     close(ours, theirs)
     gradient, none = torch.autograd.grad(ours, (student, teacher), allow_unused=True)
     close(gradient, torch.autograd.grad(theirs, student)[0])
     assert none is None
 
     order = torch.randperm(B)
-    close(loss(student[:, order], teacher[:, order], centre, *temps), ours)
+    close(loss(student[:, order], teacher[:, order], centre, temp), ours)
 
 
 # Claims 2 and 4
@@ -1122,6 +1122,9 @@ def test_broken_images_are_replaced_in_training_and_left_out_otherwise(tmp_path,
     many = clever.Images(32, ["none.jpg"] * 1100 + [str(a / "00.jpg")], [0] * 1101, ["a"])
     [(_, _, index)] = many.stream([[0]], CPU, 0, replace=True)
     assert index.tolist() == [1100]
+    none = clever.Images(32, ["none.jpg"] * 3, [0] * 3, ["a"])
+    with pytest.raises(clever.UserError, match="no image can be read"):
+        list(none.stream([[0]], CPU, 0, replace=True))
 
 
 # ==================================================================================================
@@ -1357,10 +1360,15 @@ def test_training_works_in_a_thread():
 
 
 # Claim 29
-def test_a_run_continues_with_data_that_moved(base, photos, tmp_path):
+def test_a_run_continues_with_data_that_moved(base, photos, tmp_path, monkeypatch):
     shutil.copytree(base, "run")
     moved = shutil.copytree(photos, tmp_path / "moved")
     resume = ["--out", "run", "--resume", "--data", str(moved)]
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", partial(fail, OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            clever.main(resume)
+    assert clever.load_config("run").data == str(photos)  # config.json is never half written
     clever.main(resume)
     assert clever.load_config("run").data == str(moved)
 
@@ -1394,7 +1402,7 @@ def test_no_code_in_a_file_is_run_and_no_checkpoint_is_replaced(base):
     assert not Path("executed").exists()
 
     (run / "checkpoint.pt").unlink()
-    with pytest.raises(FileNotFoundError, match="checkpoint.pt"):
+    with pytest.raises(clever.UserError, match="run has no checkpoint.pt"):
         clever.main(["--out", "run", "--resume"])
 
 

@@ -11,13 +11,13 @@ import torch
 import torch.nn.functional as F
 
 
-def naive_loss(term, student, teacher, centre, student_temp=0.1, teacher_temp=0.04):
+def naive_loss(term, student, teacher, centre, teacher_temp=0.04):
     """The mean of term(P_i, logits_j) over global views i and all other views j: DINO's two loops.
 
     student (V, B, K), teacher (G, B, K): logits, global views first; centre (K,).
     """
     P = ((teacher.detach() - centre) / teacher_temp).softmax(-1)
-    logits = student / student_temp
+    logits = student / 0.1
     values = []
     for i in range(len(P)):
         for j in range(len(logits)):
@@ -91,12 +91,11 @@ class Published:
     def loss(self, student, teacher):
         """The named terms of the loss from the logits of each head, IR then EF."""
         cfg = self.cfg
-        temps = (0.1, cfg.teacher_temp)
-        L_CL = naive_invariance(student[0], teacher[0], self.centres[0], *temps)
+        L_CL = naive_invariance(student[0], teacher[0], self.centres[0], cfg.teacher_temp)
         if cfg.method == "dino":
             return dict(L_CL=L_CL, loss=L_CL)
 
-        L_Orth = naive_orthogonality(student[1], teacher[1], self.centres[1], *temps)
+        L_Orth = naive_orthogonality(student[1], teacher[1], self.centres[1], cfg.teacher_temp)
         L_PReg = naive_regularization(*self.student.heads)
         loss = L_CL + cfg.lambda_orth * L_Orth + cfg.lambda_reg * L_PReg
         return dict(L_CL=L_CL, L_Orth=L_Orth, L_PReg=L_PReg, loss=loss)
