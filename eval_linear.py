@@ -8,9 +8,9 @@
     python eval_linear.py runs/mine --features PHOTOS           features of your images
     python eval_linear.py --weights dino.pth --arch vit_small --data IN100
 
-Probes read z; its parts IR and EF, the dimensions that the losses shaped; and a control: as many
-dimensions as EF, drawn at random from z. For a ViT, the linear probe of "all" reads the CLS tokens
-of the last four blocks, as in DINO; every other probe reads only the last block's, z.
+Probes read all of z, IR, EF, and a control: as many dimensions as EF, drawn at random from z. For a
+ViT, the linear probe of "all" reads the CLS tokens of the last four blocks, as in DINO; every other
+probe reads only the last block's, z.
 
 The linear probes follow the paper's protocol (100 epochs of SGD on random crops) in all but two
 points: six learning rates are tried instead of one, and a tenth of the training images is held out
@@ -47,8 +47,9 @@ from clever import CHUNK, Config, UserError, distributed, generator, report
 
 PROBE_RATES = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3]
 FINETUNE_RATES = [1e-3]
-LR_HELP = f"""learning rates of the probes for batches of 256; held-out training images choose one
-{PROBE_RATES}. With --finetune: that of the head; the backbone's is a tenth {FINETUNE_RATES}"""
+LR_HELP = f"""learning rates of the probes {PROBE_RATES}; held-out training images choose one.
+With --finetune: that of the head {FINETUNE_RATES}; the backbone's is a tenth of it.
+All are for batches of 256"""
 
 
 def model_options():
@@ -78,7 +79,7 @@ def parse(argv):
     task.add_argument("--features", metavar="FOLDER", help="only write features of its images")
     add = parser.add_argument
     add("--data", help="as for clever.py [the run's]")
-    add("--labels", type=float, default=1.0, help="fraction of each class's images to use [1]")
+    add("--labels", type=float, default=1.0, help="fraction of training images, balanced by class [1]")
     add("--curve", action="store_true", help="also test by angle and by strength of deformation")
     add("--epochs", type=int, default=100, help="passes over the training images [100]")
     add("--batch", type=int, default=256, help="images per step, over all processes [256]")
@@ -271,7 +272,7 @@ def open_data(args, cfg):
     if args.labels < 1:
         keep_fraction(train, args)
     if min(args.batch, len(train) // 2) < distributed()[1]:  # some images are held out
-        raise UserError(f"{len(train)} images in batches of {args.batch} are too few")
+        raise UserError(f"{len(train)} images, --batch {args.batch}: too few for all processes")
     counts = f"{len(train)} training and {len(val)} test images in {len(train.classes)} classes"
     report(f"{cfg.data}: {counts}")
     return train, val

@@ -9,8 +9,8 @@ global views; EF has to know it, because h_EF, with K' = 4 outputs, predicts k:
     L_Quarter = mean of CE(h_EF(z_EF) / 0.1, k)     over the local views
     L         = L_CL + 0.4 L_Quarter
 
-A step costs no more than DINO's. The control is extras.quarter:Shuffled, whose labels are unrelated
-to the turns. results.md has the measurements.
+A step costs hardly more than DINO's. The control is extras.quarter:Shuffled, whose labels are
+unrelated to the turns. results.md has the measurements.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Another loss for EF, as an example of a fork:
+"""Another loss for EF, as an example of a loss of your own:
 
     python clever.py --training extras.turn:Turn --ef-out-dim 64 --aug caug [options]
 
