@@ -493,8 +493,9 @@ def normalize(x):
 class MultiCrop(nn.Module):
     """The V views of a batch of images, 2 global ones first, made on the images' device.
 
-    Random numbers depend only on (seed, step). They are drawn for the images of all processes, and
-    each process takes its own, so results do not depend on the number of processes.
+    Random numbers depend only on (seed, step), never on torch's global generator, so a resumed run
+    sees the same views. They are drawn for the images of all processes, and each process takes its
+    own, so results do not depend on the number of processes.
     """
 
     def __init__(self, cfg):
@@ -717,10 +718,16 @@ def read_weights(path, names=()):
     """
     if not Path(path).is_file():
         raise UserError(f"{path} not found")
-    with torch.serialization.safe_globals([argparse.Namespace]):  # DINO stores its options
-        state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # DINO stores its options
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of many kinds
+        raise UserError(f"{path} is not a file of tensors ({type(error).__name__})") from None
     for key in ("teacher", "student", "state_dict", "model"):
-        state = state.get(key, state)
+        if key in state:
+            state = state[key]
+    if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
+        raise UserError(f"{path} holds no named tensors, nor any in teacher, state_dict or model")
     for name, value in state.items():
         if not value.isfinite().all():
             raise UserError(f"{path}: {name} is not finite")
@@ -838,7 +845,7 @@ def upper_bits(image):
     return ImageOps.invert(image) if white_is_zero else image
 
 
-LOADER_TIMEOUT = 1800  # seconds to wait for a batch; large PNGs take a worker minutes
+LOADER_TIMEOUT = 3600  # seconds to wait for a batch; of large PNGs, it can take half an hour
 
 
 class Images(Dataset):
@@ -1177,8 +1184,8 @@ class Training:
     """All that changes while training: student, teacher, centres, optimiser, step.
 
     To try another loss, subclass it and pass --training module:Class, as extras/turn.py does. A
-    layer of your own is saved and trained if you make it part of self.student and add its
-    parameters to self.optimizer.
+    layer of your own is saved and trained if you make it a new attribute of self.student, on
+    self.device, and add its parameters to self.optimizer.
     """
 
     def __init__(self, cfg, steps_per_epoch, device="cpu"):

@@ -79,7 +79,9 @@ def parse(argv):
     task.add_argument("--features", metavar="FOLDER", help="only write features of its images")
     add = parser.add_argument
     add("--data", help="as for clever.py [the run's]")
-    add("--labels", type=float, default=1.0, help="fraction of training images, balanced by class [1]")
+    add(
+        "--labels", type=float, default=1.0, help="fraction of images to use, balanced by class [1]"
+    )
     add("--curve", action="store_true", help="also test by angle and by strength of deformation")
     add("--epochs", type=int, default=100, help="passes over the training images [100]")
     add("--batch", type=int, default=256, help="images per step, over all processes [256]")
@@ -271,8 +273,11 @@ def open_data(args, cfg):
         raise UserError(f"--data {cfg.data} has no labels; --features writes its features")
     if args.labels < 1:
         keep_fraction(train, args)
-    if min(args.batch, len(train) // 2) < distributed()[1]:  # some images are held out
-        raise UserError(f"{len(train)} images, --batch {args.batch}: too few for all processes")
+    world = distributed()[1]
+    if args.batch % world:
+        raise UserError(f"--batch {args.batch} must be a multiple of {world}, the process count")
+    if len(train) < 2 * world:  # some images are held out
+        raise UserError(f"{len(train)} training images are too few")
     counts = f"{len(train)} training and {len(val)} test images in {len(train.classes)} classes"
     report(f"{cfg.data}: {counts}")
     return train, val

@@ -499,11 +499,11 @@ class OwnLayer(clever.Training):
         return dict(L_CL=L_CL, own=own, loss=L_CL + own)
 
 
-def four_steps(kind, rank, world, folder):
+def four_steps(kind, options, rank, world, folder):
     """Save what an epoch of four steps, as one of `world` processes, computes."""
     join(rank, world, folder)
     data = patterns(51)
-    run = kind(tiny(aug="caug+", batch=12, ef_out_dim=48), 4)
+    run = kind(tiny(batch=12, **options), 4)
     batches = clever.batches(len(data), run.cfg, 0, 4)
     for step, (images, aspect, _) in enumerate(data.stream(batches, CPU, 0)):
         terms = clever.train_step(run, run.augment(images, aspect, step), step)
@@ -516,9 +516,16 @@ def four_steps(kind, rank, world, folder):
 
 
 # Claims 8 and 12
-@pytest.mark.parametrize("kind, worlds", [(clever.Training, (2, 3)), (OwnLayer, (2,))])
-def test_several_processes_equal_one(tmp_path, kind, worlds):
-    work = functools.partial(four_steps, kind)
+@pytest.mark.parametrize(
+    "kind, options, worlds",
+    [
+        (clever.Training, dict(aug="caug+", ef_out_dim=48), (2, 3)),
+        (OwnLayer, dict(), (2,)),
+        (quarter.Shuffled, dict(aug="baug", ef_out_dim=4), (2,)),
+    ],
+)
+def test_several_processes_equal_one(tmp_path, kind, options, worlds):
+    work = functools.partial(four_steps, kind, options)
     work(0, 1, tmp_path)
     one = torch.load(tmp_path / "1-0.pt")
     for world in worlds:
@@ -796,6 +803,10 @@ def test_a_run_starts_from_given_weights(labelled, monkeypatch):
         torch.save({**own, **change}, "weights.pt")
         with pytest.raises(clever.UserError, match=words):
             clever.Training(tiny(init="weights.pt"), 1)
+    for content in ([head], dict(net=own), dict(own, epoch=3)):
+        torch.save(content, "weights.pt")
+        with pytest.raises(clever.UserError, match="holds no named tensors"):
+            clever.read_weights("weights.pt")
 
 
 # ==================================================================================================
@@ -1397,7 +1408,7 @@ def test_no_code_in_a_file_is_run_and_no_checkpoint_is_replaced(base):
     torch.save({**checkpoint(base), "more": Payload()}, run / "checkpoint.pt")
     with pytest.raises(Exception, match="mkdir"):
         clever.main(["--out", "run", "--resume"])
-    with pytest.raises(Exception, match="mkdir"):
+    with pytest.raises(clever.UserError, match="not a file of tensors"):
         clever.read_weights(run / "checkpoint.pt")
     assert not Path("executed").exists()
 

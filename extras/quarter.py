@@ -26,9 +26,11 @@ class TurnedViews(clever.MultiCrop):
 
     def forward(self, images, aspect, step):
         views = super().forward(images, aspect, step)
+        first = clever.distributed()[0] * len(images)  # number of this process's first image
         for view in views[2:]:  # (B, 3, size, size)
             for k in range(4):
-                view[k::4] = view[k::4].rot90(k, (2, 3))
+                start = (k - first) % 4
+                view[start::4] = view[start::4].rot90(k, (2, 3))
         return views
 
 
@@ -46,7 +48,8 @@ class Quarter(clever.Training):
         L_CL = clever.invariance_loss(ir, teacher.logits[0], self.centres[0], teacher_temp=temp)
 
         ef = ef[2:]  # of the local views
-        i = torch.arange(ef.shape[1], device=ef.device)
+        B = ef.shape[1]
+        i = clever.distributed()[0] * B + torch.arange(B, device=ef.device)
         k = self.label(i).expand(ef.shape[:2])  # (V - 2, B)
         L_Quarter = F.cross_entropy(ef.flatten(0, 1) / clever.STUDENT_TEMP, k.flatten())
         hit = (ef.argmax(-1) == k).float().mean()  # 0.25 by chance
