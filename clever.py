@@ -88,7 +88,7 @@ class ProjectionHead(nn.Module):
     def forward(self, x):
         x = F.normalize(self.mlp(x), dim=-1)
         w = F.normalize(self.prototypes.weight, dim=-1)  # (K, bottleneck_dim)
-        return F.linear(x, w).to(w.dtype)  # float32: P divides the rounding errors by 0.04
+        return F.linear(x, w).to(w.dtype)  # float32 for the losses
 
 
 Output = collections.namedtuple("Output", "z logits")
@@ -428,9 +428,9 @@ def gaussian_matrix(size, sigma, radius):
     weight = torch.exp(-0.5 * (tap / sigma[:, None]) ** 2)  # (B, taps)
     weight = weight / weight.sum(1, keepdim=True)
 
-    pixels = torch.eye(size, dtype=sigma.dtype, device=sigma.device)  # each alone in a row
-    mirrored = F.pad(pixels[None], (radius, radius), mode="reflect")[0]
-    windows = mirrored.unfold(1, len(tap), 1)  # (size, size, taps): of each pixel, around each r
+    pixels = torch.eye(size, dtype=sigma.dtype, device=sigma.device)  # row p: only pixel p is 1
+    mirrored = F.pad(pixels[None], (radius, radius), mode="reflect")[0]  # (size, size + 2 * radius)
+    windows = mirrored.unfold(1, len(tap), 1)  # (size, size, taps): of row p, around each pixel r
     return torch.einsum("bt,prt->brp", weight, windows)
 
 
@@ -721,7 +721,7 @@ def read_weights(path, names=()):
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # DINO stores its options
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of many kinds
+    except Exception as error:  # torch raises many kinds
         raise UserError(f"{path} is not a file of tensors ({type(error).__name__})") from None
     for key in ("teacher", "student", "state_dict", "model"):
         if key in state:
