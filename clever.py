@@ -845,7 +845,7 @@ def upper_bits(image):
     return ImageOps.invert(image) if white_is_zero else image
 
 
-LOADER_TIMEOUT = 3600  # seconds to wait for a batch; of large PNGs, it can take half an hour
+LOADER_TIMEOUT = 3600  # seconds to wait for a batch; one of large PNGs can take half an hour
 
 
 class Images(Dataset):
