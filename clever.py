@@ -991,7 +991,7 @@ def load_folder(root, labelled=True):
         labels += [label] * len(images)
         ignored += others
     if not paths:
-        raise UserError(f"no images in {root}")
+        raise UserError(f"no images in {root} (linked subfolders are not searched)")
     return paths, labels, classes, ignored
 
 
