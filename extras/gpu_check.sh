@@ -28,25 +28,22 @@ data=(--data "$work/photos")
 if python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
     nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
     photos=4096
-    demo=()
+    demo=(--epochs 2)
     vit_tiny=("${data[@]}" --arch vit_tiny --batch 512)
     vmamba=("${data[@]}" --arch vmamba_tiny --batch 80)
     resnet50=("${data[@]}" --arch resnet50 --batch 384 --aug caug+)
     vit_small=("${data[@]}" --arch vit_small --batch 512)
     two=("${data[@]}" --arch resnet18 --global-size 112 --local-size 48 --out-dim 1024 --batch 128)
-    term=("${data[@]}" --batch 256)
-    seconds=25
 else
     echo "no GPU: a dry run at small sizes"
     photos=128
     demo=("${data[@]}" --recipe small --out-dim 64 --hidden-dim 64 --workers 1 --batch 16)
+    demo+=(--epochs 10)
     vit_tiny=("${demo[@]}")
     vmamba=("${demo[@]}")
     resnet50=("${demo[@]}" --aug caug+)
     vit_small=("${demo[@]}")
     two=("${demo[@]}")
-    term=("${demo[@]}")
-    seconds=15
     export TORCHDYNAMO_DISABLE=1 # compiling takes minutes
 fi
 
@@ -58,13 +55,16 @@ two_ranks() { # two processes, then one, with the same images
         python extras/gpu_check.py same_loss "$work/one/log.jsonl" "$work/two/log.jsonl"
 }
 
-stop_and_resume() { # SIGTERM ends a run with code 143 and a checkpoint; twice
-    for _ in 1 2; do
-        timeout --preserve-status -s TERM "$seconds" python clever.py "${term[@]}" --epochs 100 \
-            --resume --out "$work/term" >"$work/messages"
-        [ $? = 143 ] || return 1
-        grep "stopped at step" "$work/messages" || return 1
-    done
+stop_and_resume() { # a run stopped by SIGTERM, then resumed, ends with the loss of the demo
+    local run=(timeout 60 python clever.py "${demo[@]}" --resume --out "$work/stopped")
+    "${run[@]}" >"$work/messages" &
+    until [ -s "$work/stopped/log.jsonl" ] || ! kill -0 $!; do sleep 0.1; done
+    kill -TERM $!
+    wait $!
+    [ $? = 143 ] || return 1
+    grep "stopped at step" "$work/messages" || return 1
+    "${run[@]}" >"$work/messages" &&
+        python extras/gpu_check.py same_loss "$work/demo/log.jsonl" "$work/stopped/log.jsonl"
 }
 
 compiled() { # the step and the views compile without a break or a fallback to eager mode
@@ -80,7 +80,7 @@ compiled() { # the step and the views compile without a break or a fallback to e
 python extras/gpu_check.py photos "$work/photos" "$photos" || exit 1
 check waits 3 timeout 120 python extras/gpu_check.py waits
 check same_as_cpu 1 timeout 60 python extras/gpu_check.py same_as_cpu
-check demo 9 timeout 60 python clever.py "${demo[@]}" --epochs 2 --out "$work/demo"
+check demo 9 timeout 60 python clever.py "${demo[@]}" --out "$work/demo"
 check evaluation 20 timeout 60 python eval_linear.py "$work/demo" --quick --epochs 5
 check fine_tuning 3 timeout 40 python eval_linear.py "$work/demo" --finetune --labels 0.1 --epochs 1
 check features_on_cpu 1 env CUDA_VISIBLE_DEVICES= timeout 60 \
