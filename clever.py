@@ -724,7 +724,7 @@ def read_weights(path, names=()):
     except Exception as error:  # torch raises many kinds
         raise UserError(f"{path} is not a file of tensors ({type(error).__name__})") from None
     for key in ("teacher", "student", "state_dict", "model"):
-        if key in state:
+        if isinstance(state, dict) and key in state:
             state = state[key]
     if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
         raise UserError(f"{path} holds no named tensors, nor any in teacher, state_dict or model")

@@ -803,7 +803,7 @@ def test_a_run_starts_from_given_weights(labelled, monkeypatch):
         torch.save({**own, **change}, "weights.pt")
         with pytest.raises(clever.UserError, match=words):
             clever.Training(tiny(init="weights.pt"), 1)
-    for content in ([head], dict(net=own), dict(own, epoch=3)):
+    for content in (head, [head], dict(net=own), dict(own, epoch=3)):
         torch.save(content, "weights.pt")
         with pytest.raises(clever.UserError, match="holds no named tensors"):
             clever.read_weights("weights.pt")
