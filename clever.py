@@ -111,7 +111,7 @@ class CLeVER(nn.Module):
         """V views (B, 3, h, w) -> z (V, B, D). Adjacent views of one size pass f together."""
         z = []
         for _, same_size in itertools.groupby(views, key=lambda view: view.shape[-1]):
-            # Image by image: each process has to draw the stochastic depth of its own images.
+            # Rows go image by image: `stochastic_depth` draws them in the order of all processes.
             images = torch.stack(list(same_size), 1)  # (B, n, 3, h, w)
             features = self.backbone(images.flatten(0, 1))  # (B * n, D)
             z.append(features.unflatten(0, images.shape[:2]).transpose(0, 1))  # (n, B, D)
@@ -286,7 +286,7 @@ class Config:
         "vit_tiny", "vit_{micro,tiny,small,base}, resnet{18,34,50,101}, vmamba_tiny, module:Class"
     )
     init: str = option("", "file of weights to start from; also lower --lr, raise --momentum")
-    out_dim: int = option(65536, "prototypes K of the IR head; fewer help if the output is uniform")
+    out_dim: int = option(65536, "prototypes K of the IR head; lower it if the output is uniform")
     ef_out_dim: int = option(0, "prototypes K' of the EF head; 0 means as many as IR")
     hidden_dim: int = option(2048, "width of the heads' hidden layers")
     teacher_temp: float = option(0.04, "teacher temperature; lower it if the output is uniform")
@@ -296,15 +296,15 @@ class Config:
     global_size: int = option(224, "side of the two global views, in pixels")
     local_size: int = option(96, "side of the local views, in pixels")
     local_views: int = option(8, "number of local views")
-    global_scale: tuple = option((0.4, 1.0), "smallest and largest area of global views (image: 1)")
-    local_scale: tuple = option((0.05, 0.4), "smallest and largest area of local views (image: 1)")
+    global_scale: tuple = option((0.4, 1.0), "area range of global views (1: the whole image)")
+    local_scale: tuple = option((0.05, 0.4), "area range of local views (1: the whole image)")
     # optimisation
     epochs: int = option(200, "passes over the data; 0 means 20, or more to reach 1000 steps")
     batch: int = option(512, "images per step, over all processes")
     lr: float = option(5e-4, "peak learning rate for a batch of 256; scales with --batch")
     weight_decay: tuple = option((0.04, 0.4), "initial and final; not for biases and norms")
     freeze_epochs: int = option(1, "epochs with frozen prototypes; raise it if the loss stalls")
-    drop_path: float = option(0.1, "stochastic depth: drop rate of the last block (VMamba: twice)")
+    drop_path: float = option(0.1, "stochastic depth: drop rate of the last block (VMamba: double)")
     # run
     seed: int = option(0, "random seed")
     precision: str = option("auto", "auto is bf16 if the GPU has it", ("auto", "fp32", "bf16"))
@@ -315,7 +315,7 @@ class Config:
         if self.method == "dino":
             self.ratio = 1.0
         elif not 0 < self.ratio < 1:
-            raise UserError("--ratio must be between 0 and 1")
+            raise UserError("--ratio must be between 0 and 1; only dino has 1")
         for name, value in vars(self).items():
             values = value if isinstance(value, (tuple, list)) else [value]
             for number in values:
@@ -364,7 +364,7 @@ def generator(device, *key):
 
 
 def warp(images, size, box, flip, angle, shift=None):
-    """One view of each image, sampled once through all changes of coordinates: T, but for colour.
+    """One view of each image, sampled once through all changes of coordinates: T without colour.
 
     images (B, 3, S, S) -> (B, 3, size, size), black where a pixel comes from outside the crop
     box (B, 4): the crop's centre x, y and half width, half height, in an image of [-1, 1] x [-1, 1]
@@ -543,7 +543,7 @@ class MultiCrop(nn.Module):
             angle = torch.zeros_like(angle)
         shift = None
         if cfg.aug == "caug+":
-            # A generator of its own: how far a large draw advances it depends on the GPU model.
+            # A separate generator: how many numbers a large draw consumes depends on the GPU model.
             own = generator(images.device, cfg.seed, "elastic", step, i)
             deformed = uniform(0, 1, gen=own) < 0.5
             noise = uniform(-1, 1, 2, size, size, gen=own)
@@ -682,7 +682,7 @@ VIT = dict(
 
 
 def build_backbone(arch, img_size, drop_path=0.0, **options):
-    """A backbone f with .embed_dim = D: images (N, 3, H, W) -> (N, D). img_size: global views'."""
+    """A backbone f with .embed_dim = D: images (N, 3, H, W) -> (N, D). img_size: of global ones"""
     if arch in VIT:
         return VisionTransformer(img_size, drop_path=drop_path, **{**VIT[arch], **options})
     if arch == "vmamba_tiny":
@@ -717,7 +717,7 @@ def read_weights(path, names=()):
     exactly `names`. Runs no code of the file.
     """
     if not Path(path).is_file():
-        raise UserError(f"{path} not found")
+        raise UserError(f"{path} is not a file")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # DINO stores its options
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -747,8 +747,7 @@ def load_weights(backbone, path):
     try:
         backbone.load_state_dict(read_weights(path, backbone.state_dict()))
     except RuntimeError as error:  # lists what differs
-        hint = "names may start with module. or backbone."
-        raise UserError(f"{path} does not fit ({hint}): {str(error)[:400]}") from None
+        raise UserError(f"{path} does not fit: {str(error)[:400]}") from None
 
 
 # ==================================================================================================
@@ -813,7 +812,7 @@ def squash(pixels, side):
 
 
 def stored_side(size):
-    """Side of the stored images for views of `size` pixels: 320 for 224, small ones as they are."""
+    """Side of the stored images for views of `size` pixels: 320 for 224; up to 64, the same."""
     return size if size <= 64 else round(size * 10 / 7)
 
 
@@ -874,7 +873,7 @@ class Images(Dataset):
                 return *decode(self.images[i], self.side), i
             except UserError as error:
                 action = "showing the next image" if self.replace else "leaving it out"
-                print(f"warning: {error}; {action}", file=sys.stderr)
+                sys.stderr.write(f"warning: {error}; {action}\n")
             i = (i + 1) % len(self)
         if self.replace:
             raise UserError("no image can be read")
@@ -920,7 +919,7 @@ class Images(Dataset):
 
 
 def end_if_hanging():
-    """End the process after LOADER_TIMEOUT; DataLoader's does not notice workers that stopped."""
+    """End the process after LOADER_TIMEOUT; DataLoader would wait for hung workers to end."""
     faulthandler.dump_traceback_later(LOADER_TIMEOUT, exit=True, file=sys.__stderr__)
 
 
@@ -1211,8 +1210,8 @@ class Training:
 
         decayed = [p for p in self.student.parameters() if p.ndim > 1]
         others = [p for p in self.student.parameters() if p.ndim <= 1]  # biases and norms
-        groups = [dict(params=decayed), dict(params=others, weight_decay=0.0)]
-        self.optimizer = torch.optim.AdamW(groups, fused=True)
+        groups = [dict(params=decayed), dict(params=others)]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         warmup = min(10 * steps_per_epoch, self.steps // 10)
         self.lr = cosine_schedule(cfg.lr * cfg.batch / 256, 1e-6, self.steps, warmup)
         self.weight_decay = cosine_schedule(*cfg.weight_decay, self.steps)
@@ -1306,7 +1305,7 @@ def open_folder(cfg):
         with open(path, "x") as file:
             file.write(text)
     except FileExistsError:
-        raise UserError(f"--out {out} holds a run; continue it with --resume") from None
+        raise UserError(f"--out {out} holds a run; use --resume or another --out") from None
     return out
 
 
@@ -1348,7 +1347,7 @@ def start(cfg, data, device):
 
     million = sum(p.numel() for p in run.student.backbone.parameters()) / 1e6
     report(f"{cfg.method}, {cfg.arch} ({million:.1f}M parameters), {cfg.aug}, {world} x {device}")
-    classes = f"in {len(data.classes)} classes" if len(data.classes) > 1 else "without labels"
+    classes = f"in {len(data.classes)} classes" if data.classes != [""] else "without labels"
     report(f"{cfg.data}: {len(data)} images {classes}; {data.ignored} other files ignored")
     steps = f"{cfg.epochs} epochs x {steps_per_epoch} steps x {cfg.batch} images"
     report(f"{steps}, from step {run.step}")
@@ -1392,7 +1391,8 @@ def train(cfg, data, device):
                     save(run, out)
                     saved = time.monotonic()
                 if stop:
-                    report(f"stopped at step {run.step}; continue with --out {out} --resume")
+                    command = f"--out {shlex.quote(str(out))} --resume"
+                    report(f"stopped at step {run.step}; continue with {command}")
                     number = signals[0] if signals else signal.SIGTERM  # another process got it
                     raise SystemExit(128 + number)
     return run, out
@@ -1442,7 +1442,7 @@ def disc(size, device):
 
 
 def part_columns(D, ratio):
-    """The dimensions of each part of z, by name. "random", as many as EF, is its control."""
+    """The dimensions of each part of z, by name. "random" is a control, as large as EF."""
     z = torch.arange(D)
     z_ir, z_ef = split(z, ratio)
     if len(z_ef) == 0:
@@ -1557,7 +1557,7 @@ def print_table(head, rows):
 
 
 def parse(argv=None):
-    """The `Config` of a command line, whose options override those of a preset or of a run."""
+    """The `Config` of a command line, whose options override those of a preset."""
     parser = argparse.ArgumentParser(
         usage="clever.py [options]",
         description="In brackets: the defaults for a folder of images, which are the paper's.",
