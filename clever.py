@@ -682,7 +682,7 @@ VIT = dict(
 
 
 def build_backbone(arch, img_size, drop_path=0.0, **options):
-    """A backbone f with .embed_dim = D: images (N, 3, H, W) -> (N, D). img_size: of global ones"""
+    """Backbone f with .embed_dim = D: images (N, 3, H, W) -> (N, D). img_size: of global views."""
     if arch in VIT:
         return VisionTransformer(img_size, drop_path=drop_path, **{**VIT[arch], **options})
     if arch == "vmamba_tiny":
@@ -820,7 +820,7 @@ def decode(path, side):
     """An image file, upright and without alpha -> bytes (3, side, side) and its width / height."""
     try:
         if not os.path.isfile(path):
-            raise OSError("not a regular file")  # reading a pipe would hang
+            raise OSError("not a file")  # reading a pipe would hang
         with Image.open(path) as image:
             image.draft("RGB", (side, side))  # decodes a large JPEG at a fraction of its size
             image.load()

@@ -13,11 +13,12 @@ ViT, the linear probe of "all" reads the CLS tokens of the last four blocks, as 
 probe reads only the last block's, z.
 
 The linear probes follow the paper's protocol (100 epochs of SGD on random crops) in all but two
-points: six learning rates are tried instead of one, and a tenth of the training images is held out
-to choose among them. Unlike the published code, which prints the best test accuracy over the
-epochs, these probes print that of the last epoch.
+points: six learning rates are tried instead of one, and a tenth of the training images, at most
+5000, is held out to choose among them. Unlike the published code, which prints the best test
+accuracy over the epochs, these probes print that of the last epoch.
 
-Images that cannot be read are reported and left out, together with their labels.
+Images that cannot be read are reported and left out with their labels; fine-tuning shows the next
+image instead.
 
 Shapes: B images, N rows, F features, the last D of them z, C classes.
 """
@@ -47,9 +48,9 @@ from clever import CHUNK, Config, UserError, distributed, generator, report
 
 PROBE_RATES = [0.001, 0.003, 0.01, 0.03, 0.1, 0.3]
 FINETUNE_RATES = [1e-3]
-LR_HELP = f"""learning rates of the probes {PROBE_RATES}; held-out training images choose one.
-With --finetune: that of the head {FINETUNE_RATES}; the backbone's is a tenth of it.
-All are for batches of 256"""
+LR_HELP = f"""learning rates of the probes {PROBE_RATES} for batches of 256, scaled with the batch;
+held-out training images choose one. With --finetune: that of the head {FINETUNE_RATES}, not
+scaled; the backbone's is a tenth of it"""
 
 
 def model_options():
@@ -87,7 +88,7 @@ def parse(argv):
     add("--batch", type=int, default=256, help="images per step, over all processes [256]")
     add("--lr", type=float, nargs="+", help=LR_HELP)
     add("--seed", type=int, default=0, help="random seed of probes, crops and --labels [0]")
-    add("--workers", type=int, default=Config.workers, help="image-decoding processes per process")
+    add("--workers", type=int, default=Config.workers, help="decoding workers a process [up to 8]")
     args = parser.parse_args(argv)
 
     args.lr = args.lr or (FINETUNE_RATES if args.finetune else PROBE_RATES)
@@ -98,6 +99,7 @@ def parse(argv):
     numbers = (args.epochs, args.batch, args.labels, *args.lr)
     if not all(0 < number < math.inf for number in numbers) or args.labels > 1:
         raise UserError("--epochs, --batch, --lr and --labels must be above 0, --labels at most 1")
+    Config(seed=args.seed, workers=args.workers)  # refuses negative numbers
     return args
 
 
@@ -124,14 +126,17 @@ def open_model(args):
 
 
 def inspect_weights(args, path):
-    """The `Config` for a file of weights, and options of its backbone: sizes are read from it."""
+    """The `Config` for a file of weights, and options of its backbone.
+
+    A ViT's sizes are read from the file; a ResNet gets 32 or 224 px, by its stem.
+    """
     if not args.arch:
         raise UserError("--weights needs --arch, such as vit_small")
     method = "dino" if args.ratio == 1 else "clever"
     cfg = Config(arch=args.arch, method=method, ratio=args.ratio)
     state = clever.read_weights(path)
     options = {}
-    if "pos_embed" in state:  # a ViT
+    if {"pos_embed", "patch_embed.proj.weight"} <= state.keys():  # a ViT
         options["patch_size"] = state["patch_embed.proj.weight"].shape[-1]
         side = math.isqrt(state["pos_embed"].shape[1] - 1)  # patches
         cfg.global_size = side * options["patch_size"]
@@ -211,7 +216,7 @@ def make_view(
         draws = torch.rand(B * world, *shape, generator=gen)[rank * B : (rank + 1) * B]
         return (low + (high - low) * draws).to(images.device)  # (B, *shape)
 
-    # All kinds of view make these draws, so they differ only in what their names list.
+    # Every kind makes all these draws, so two kinds differ only in what their names list.
     flipped = (uniform(0, 1) < 0.5) & flip
     angle = uniform(*angles)
     factors = [uniform(0.6, 1.4), uniform(0.6, 1.4), uniform(0.6, 1.4), uniform(-0.1, 0.1)]
@@ -381,9 +386,9 @@ def train_probes(args, model, data, bank):
     heads = new_heads(args, model, len(data.classes))
     optimizer = new_optimizer(args, model, heads, batch)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    # SGD is linear in the loss: to multiply a probe's loss by `rate` is to train the probe at that
-    # learning rate. So one backward pass and one optimiser, whose own rate is 1 for 256 images,
-    # train the probes of all parts at all learning rates side by side.
+    # SGD's updates are linear in the loss: multiplying a probe's loss by `rate` trains the probe at
+    # that learning rate. So one backward pass and one optimiser, with rate 1 for 256 images, train
+    # the probes of all parts at all learning rates side by side.
     scales = [1.0] if args.finetune else [rate for _, rate in heads]
 
     stream = training_batches(args, model, data, bank, rows, batch, steps)
@@ -473,13 +478,14 @@ def print_accuracies(name, parts):
 
 
 def folder_features(args, model):
-    """What features.pt holds: the paths of images, their z (N, D), and its columns IR and EF."""
+    """The folder for features.pt, and what it holds: paths, z (N, D), and its columns IR and EF."""
     side = clever.stored_side(model.cfg.global_size)
     data = clever.Images(side, *clever.load_folder(Path(args.features), labelled=False))
+    out = open_folder(args)
     D = model.backbone.embed_dim
     z = compute_features(model, data)[:, -D:].cpu()
     ir, ef = clever.split(torch.arange(D), model.cfg.ratio)
-    return dict(paths=data.images, z=z, IR=ir, EF=ef, ratio=model.cfg.ratio)
+    return out, dict(paths=data.images, z=z, IR=ir, EF=ef, ratio=model.cfg.ratio)
 
 
 def save_section(path, name, results):
@@ -501,13 +507,13 @@ def main(argv=None):
     cfg.workers = args.workers
     model = Representation(trained, cfg, device)
     million = sum(p.numel() for p in trained.parameters()) / 1e6
-    parameters = f"{cfg.arch} ({million:.1f}M parameters)"
+    parameters = f"{cfg.arch} ({million:.1f}M parameters, {cfg.global_size} px)"
     report(f"{args.run or args.weights}: {parameters}, {cfg.method}, ratio {cfg.ratio}")
-    out = open_folder(args)
     if args.features:
-        content = folder_features(args, model)
+        out, content = folder_features(args, model)
     else:
         train, val = open_data(args, cfg)
+        out = open_folder(args)
         results = evaluate(args, model, train, val)
 
     rank, _ = distributed()
@@ -528,12 +534,12 @@ def main(argv=None):
     results["settings"] = vars(args) | settings
     name = shlex.join(["eval_linear.py", *argv])
     save_section(out / "eval.json", name, results)
+    report(f'\nwritten to {out / "eval.json"}, section "{name}"')
     if not args.finetune:
         if cfg.init:
             clever.load_weights(untrained, cfg.init)
         results["compare"] = clever.compare(cfg, train, val, device, untrained, trained)
         save_section(out / "eval.json", name, results)
-    report(f'\nwritten to {out / "eval.json"}, section "{name}"')
 
 
 if __name__ == "__main__":

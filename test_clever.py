@@ -70,12 +70,13 @@ Evaluation
     of a ViT reads four CLS tokens.
 38. Each perturbation is what its name says. Every seed and model sees the same test images.
 39. Features and probes do not depend on the number of processes, to rounding.
-40. --labels draws equally many readable images of each class, always the same ones for a seed.
-41. Images that cannot be read are left out with their labels: every number is what it is without
-    these files.
-42. Weights load from the layouts of timm, DINO and this project; the sizes of patches and images
-    and the stem of a ResNet are read from the file.
-43. A wrong command gets one sentence and writes nothing.
+40. --labels draws equally many readable images of each class (all of a smaller one), always the
+    same ones for a seed.
+41. Images that cannot be read are left out with their labels: probes on all labels are what they
+    are without these files.
+42. Weights load from the layouts of timm, DINO and this project; a ViT's sizes and a ResNet's stem
+    are read from the file.
+43. A wrong command gets one sentence and writes nothing. Ctrl-C ends the workers, too.
 44. One command prints tables that fit 100 columns and adds a section to eval.json, named by the
     command; other sections and the run stay as they are.
 45. Probing leaves the backbone as it is. Fine-tuning trains a copy, with the learning rates of
@@ -892,7 +893,7 @@ def test_crop_boxes_are_distributed_as_torchvisions(scale, width, height):
 
 # Claim 15
 @pytest.mark.parametrize("size", [224, 96, 64])
-def test_the_warp_equals_torchvisions(size):
+def test_the_warp_equals_torchvisions(monkeypatch, size):
     image = texture(size, size, 12)
     white = torch.ones(1, 3, size, size)
     close(warp(image.double(), size, flip=True), image.double().flip(-1))
@@ -913,6 +914,12 @@ def test_the_warp_equals_torchvisions(size):
     theirs = TF.elastic_transform(theirs, shift, BILINEAR)
     assert psnr(warp(image, size, box, True, 33.0, shift), theirs, 0.85) > 36
 
+    calls = []
+    sample = F.grid_sample
+    monkeypatch.setattr(F, "grid_sample", lambda *a, **o: calls.append(1) or sample(*a, **o))
+    warp(image, size, box, True, 33.0, shift)
+    assert len(calls) == 1
+
 
 # Claim 15
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 0, 3, 1), (3, 1, 0, 2)])
@@ -930,6 +937,21 @@ def test_colours_and_blur_equal_torchvisions(order):
         for k in order:
             x = operations[k](x, float(factors[k, i]))
         close(ours[i], x, 1e-4)
+
+
+# Claims 16 and 38
+def test_colour_operations_come_in_every_order(monkeypatch):
+    seen = spy(monkeypatch, "color_jitter")
+    crop = clever.MultiCrop(tiny(local_views=0))
+    images = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
+    one = torch.ones(1)
+    training, testing = set(), set()
+    for step in range(300):
+        crop(images, one, step)
+        training.add(tuple(seen["order"]))
+        eval_linear.make_view(images, one, 32, clever.generator("cpu", step), jitter=True)
+        testing.add(tuple(seen["order"]))
+    assert len(training) == len(testing) == 24
 
 
 def draws_of(monkeypatch, view, aug, count=10_000):
@@ -1858,6 +1880,8 @@ WRONG_EVALUATIONS = [
     ("run --quik", "--quik"),
     ("run --epochs ten", "invalid int value: 'ten'"),
     ("run --epochs 0", "must be above 0"),
+    ("run --seed -1", "--seed must be a number, 0 or greater"),
+    ("run --data none --out new", "none"),
     ("run --lr 0.1 inf", "must be above 0"),
     ("run --labels nan", "must be above 0"),
     ("run --labels 10", "--labels at most 1"),
@@ -1942,11 +1966,32 @@ def test_a_command_writes_a_section_and_two_processes_agree(tmp_path, capsys, mo
     assert set(one["linear"]) == set(one["k-NN"]) == {"all", "IR", "EF", "random"}
     assert list(one["linear"]["IR"]) == list(eval_linear.KINDS)
 
+    config = run / "config.json"
+    config.write_text(config.read_text().replace('"seed": 0', '"seed": 5'))
     words = ["--epochs", 1, "--batch", 16, "--workers", 0, "--seed", 2]
-    again = evaluate(run, *words)  # k-NN does not depend on seed, learning rate or processes
+    again = evaluate(run, *words)  # k-NN does not depend on seeds, learning rate or processes
     for part, kinds in again["k-NN"].items():
         for kind, value in kinds.items():
             assert value == pytest.approx(two["k-NN"][part][kind], abs=1.1)  # one image
+
+
+# Claim 38
+def test_the_boxes_of_test_views_and_probe_crops(monkeypatch):
+    seen = spy(monkeypatch, "warp", "crop_box")
+    images = torch.zeros(1000, 3, 8, 8, dtype=torch.uint8)
+    wide = torch.full((1000,), 2.0)
+    for size, side in ((64, 1.0), (65, 0.875)):
+        eval_linear.make_view(images, wide, size, clever.generator("cpu", 0))
+        close(seen["box"], torch.tensor([0, 0, side / 2, side]).expand(1000, 4), 1e-6)
+    eval_linear.make_view(images, wide, 8, clever.generator("cpu", 0), crop=True)
+    uniform(seen["area"], 0.08, 1)
+    uniform(seen["shape"].log(), math.log(3 / 4), math.log(4 / 3))
+
+
+# Claim 44
+def test_top_5_counts_the_five_highest_scores():
+    scores = torch.arange(8.0).expand(8, 8)
+    assert eval_linear.top_1_and_5(scores, torch.arange(8)) == [12.5, 62.5]
 
 
 # Claim 44

@@ -35,7 +35,7 @@ def timed(call, i):
 
 
 def in_turns(title, published, ours):
-    """Print the seconds of two functions of the round's number, called in turns."""
+    """Time two functions alternately and print the seconds of each round."""
     rounds = [(timed(published, i), timed(ours, i)) for i in range(1 + ROUNDS)][1:]
     print(title)
     for name, seconds in zip(("published", "here"), zip(*rounds)):
@@ -130,6 +130,6 @@ if __name__ == "__main__":
         memory(arch, batch)
     if len(sys.argv) > 1:
         torch.set_num_threads(1)  # as in a worker
-        photos = sorted(Path(sys.argv[1]).rglob("*.jpg"))[:40]
+        photos = clever.find_images(sys.argv[1])[0][:40]
         for aug in ("caug", "caug+"):
             loader(aug, photos)

@@ -33,8 +33,8 @@ VOID = 255  # the label of pixels that belong neither to an object nor to the ba
 def propagate(features, first, last=7, k=5, radius=12, temperature=0.1):
     """Carry masks through a video: features (T, h, w, D), first (K, h, w) -> masks (T, K, h, w).
 
-    A patch takes the masks of the k most similar ones at most `radius` away, of the first frame and
-    the `last` frames before.
+    Each patch averages the masks of its k most similar patches, at most `radius` away, in the first
+    frame and the `last` frames before it.
     """
     T, h, w, _ = features.shape
     f = F.normalize(features.flatten(1, 2), dim=-1)  # (T, h * w, D)
@@ -62,9 +62,10 @@ def jaccard(features, truth):
     ids = ids[ids != VOID]
     first = (truth[0] == ids[:, None, None]).float()[None]  # (1, K, H, W)
     masks = propagate(features, F.interpolate(first, size=features.shape[1:3], mode="area")[0])
-    masks = masks.cpu() - masks.cpu().amin((2, 3), keepdim=True)
-    masks = masks / masks.amax((2, 3), keepdim=True).clamp(min=1e-6)  # from 0 to 1, as in DINO
-    predicted = ids[F.interpolate(masks, size=truth.shape[1:], mode="bilinear").argmax(1)]
+    masks = F.interpolate(masks.cpu(), size=truth.shape[1:], mode="bilinear")  # (T, K, H, W)
+    masks -= masks.amin((2, 3), keepdim=True)
+    masks /= masks.amax((2, 3), keepdim=True).clamp(min=1e-6)  # from 0 to 1, as in DINO
+    predicted = ids[masks.argmax(1)]  # (T, H, W)
 
     J = []
     for label in ids[ids > 0]:

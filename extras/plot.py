@@ -1,9 +1,10 @@
 """Learning curves of runs in one picture. Needs matplotlib.
 
-python extras/plot.py runs/*/log.jsonl                     writes runs/curves.png
+python extras/plot.py runs/*/log.jsonl                     writes curves.png into the
+                                                           folder that the runs share
 python extras/plot.py runs/*/log.jsonl picture.png
 python extras/plot.py --ef runs/paper/log.jsonl runs/turn/log.jsonl ef.png
-                                                           the cosines of EF, run next to run
+                                                           the cosines of EF, one panel per run
 """
 
 import json

@@ -64,7 +64,8 @@ class Published:
     """The published loop. It starts from copies of the networks of a `Training` and its `cfg`."""
 
     def __init__(self, run, clip=3.0):
-        self.cfg = cfg = run.cfg
+        cfg = run.cfg
+        self.cfg = cfg
         self.clip = clip
         self.student = copy.deepcopy(run.student)
         self.teacher = copy.deepcopy(run.teacher)
