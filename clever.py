@@ -111,7 +111,7 @@ class CLeVER(nn.Module):
         """V views (B, 3, h, w) -> z (V, B, D). Adjacent views of one size pass f together."""
         z = []
         for _, same_size in itertools.groupby(views, key=lambda view: view.shape[-1]):
-            # Rows go image by image: `stochastic_depth` draws them in the order of all processes.
+            # Image by image, so `stochastic_depth` gives each process its own images' draws.
             images = torch.stack(list(same_size), 1)  # (B, n, 3, h, w)
             features = self.backbone(images.flatten(0, 1))  # (B * n, D)
             z.append(features.unflatten(0, images.shape[:2]).transpose(0, 1))  # (n, B, D)
@@ -286,7 +286,7 @@ class Config:
         "vit_tiny", "vit_{micro,tiny,small,base}, resnet{18,34,50,101}, vmamba_tiny, module:Class"
     )
     init: str = option("", "file of weights to start from; also lower --lr, raise --momentum")
-    out_dim: int = option(65536, "prototypes K of the IR head; lower it if the output is uniform")
+    out_dim: int = option(65536, "prototypes K of the IR head; try fewer if the output is uniform")
     ef_out_dim: int = option(0, "prototypes K' of the EF head; 0 means as many as IR")
     hidden_dim: int = option(2048, "width of the heads' hidden layers")
     teacher_temp: float = option(0.04, "teacher temperature; lower it if the output is uniform")
@@ -812,7 +812,7 @@ def squash(pixels, side):
 
 
 def stored_side(size):
-    """Side of the stored images for views of `size` pixels: 320 for 224; up to 64, the same."""
+    """Side of the stored images for views of `size` pixels: 320 for 224; unchanged up to 64."""
     return size if size <= 64 else round(size * 10 / 7)
 
 

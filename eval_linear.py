@@ -88,7 +88,7 @@ def parse(argv):
     add("--batch", type=int, default=256, help="images per step, over all processes [256]")
     add("--lr", type=float, nargs="+", help=LR_HELP)
     add("--seed", type=int, default=0, help="random seed of probes, crops and --labels [0]")
-    add("--workers", type=int, default=Config.workers, help="decoding workers a process [up to 8]")
+    add("--workers", type=int, default=Config.workers, help="loader workers per process [up to 8]")
     args = parser.parse_args(argv)
 
     args.lr = args.lr or (FINETUNE_RATES if args.finetune else PROBE_RATES)
